@@ -1,0 +1,32 @@
+# Everything runs from .venv, which is made where it is missing.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help setup demo test check format
+
+help: ## Show these lines
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: .venv/.installed ## Make .venv and install the project with its development tools, pinned
+
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1); expected Python 3.11 or newer. Try: make setup PYTHON=python3.11"; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup ## Train a small Nemo on the shipped conversations and let it answer
+	@$(BIN)/python -m magnum_train.demo
+
+test: setup ## Run every test
+	$(BIN)/python -m pytest
+
+check: setup ## Format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: setup ## Bring the code into form
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .

@@ -1,0 +1,128 @@
+"""Kernels that need a GPU, against what runs everywhere."""
+
+import pytest
+import torch
+from models import assert_all_close, assert_close, gradients, tiny_model, tiny_pack
+from torch.nn.functional import cross_entropy
+
+import model.attention
+import model.loss
+from model.attention import attention, choose_backend
+from model.loss import linear_cross_entropy
+
+pytestmark = pytest.mark.gpu
+
+HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128  # Nemo's
+RAGGED = [700, 1, 513, 64, 1, 257, 0, 0]
+# Output and gradients are rounded to bfloat16, and so are the probabilities inside the kernel (2^-9 each);
+# gradients of keys and values add up four query heads of them.
+BF16_VALUE, BF16_GRADIENT = 1e-2, 2e-2
+
+needs_flash_attn = pytest.mark.skipif(
+    not model.attention._HAS_FLASH_ATTN, reason="the package flash-attn is not installed"
+)
+FLASH_KERNELS = ["varlen", pytest.param("flash_attn", marks=needs_flash_attn)]
+
+
+def on_gpu(pack):
+    """The same pack on the device."""
+    return {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in pack.items()}
+
+
+def bounds(lengths):
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).cuda()
+
+
+def random_qkv(dtype):
+    """Queries, keys, values and an upstream gradient for the ragged documents, rounded to bfloat16 first."""
+    generator = torch.Generator().manual_seed(0)
+    draws = [
+        torch.randn(sum(RAGGED), heads, HEAD_DIM, generator=generator).cuda().bfloat16().to(dtype)
+        for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)
+    ]
+    return [x.requires_grad_() for x in draws[:3]], draws[3]
+
+
+def packed(backend, dtype):
+    """Attention's output for the whole pack, and the gradients of its inputs."""
+    inputs, upstream = random_qkv(dtype)
+    out = attention(*inputs, bounds(RAGGED), max(RAGGED), backend)
+    return out, *torch.autograd.grad(out, inputs, upstream)
+
+
+def alone(backend, dtype):
+    """The same, one call a document."""
+    inputs, upstream = random_qkv(dtype)
+    lengths = [length for length in RAGGED if length]
+    parts = zip(lengths, *(x.split(lengths) for x in inputs), strict=True)
+    out = torch.cat([attention(q, k, v, bounds([n]), n, backend) for n, q, k, v in parts])
+    return out, *torch.autograd.grad(out, inputs, upstream)
+
+
+def check(found, expected):
+    tolerances = (BF16_VALUE, BF16_GRADIENT, BF16_GRADIENT, BF16_GRADIENT)
+    for name, actual, tensor, tolerance in zip("oqkv", found, expected, tolerances, strict=True):
+        assert actual.dtype == torch.bfloat16
+        assert_close(actual, tensor, tolerance, name)
+
+
+@pytest.mark.parametrize("backend", FLASH_KERNELS)
+def test_flash_kernels_equal_sdpa_in_value_and_gradients(backend):
+    check(packed(backend, torch.bfloat16), packed("sdpa", torch.float32))
+
+
+@pytest.mark.parametrize("backend", ["sdpa", *FLASH_KERNELS])
+def test_packed_equals_alone_in_value_and_gradients_on_every_kernel(backend):
+    check(packed(backend, torch.bfloat16), alone(backend, torch.bfloat16))
+
+
+def test_auto_takes_torchs_own_kernel_for_bfloat16():
+    assert choose_backend("auto", "cuda", torch.bfloat16) == "varlen"
+
+
+@pytest.mark.parametrize("slices", ["one slice", "several slices"])
+@pytest.mark.parametrize(("dtype", "gradient"), [(torch.bfloat16, 2**-7), (torch.float32, 1e-5)], ids=str)
+def test_loss_equals_float64_in_value_and_gradients(monkeypatch, dtype, gradient, slices):
+    """In bfloat16 logits and sums are float32; softmax minus one-hot is rounded once before its product."""
+    tokens, dim, vocabulary = 1000, 256, 4099
+    monkeypatch.setattr(model.loss, "LOGITS_ON_GPU", 256 * vocabulary)
+    if slices == "several slices":
+        monkeypatch.setattr(model.loss, "GRADIENT_SLICE", 1000 * dim)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(tokens, dim, generator=generator).cuda().to(dtype).requires_grad_()
+    weight = torch.randn(vocabulary, dim, generator=generator).mul(0.1).cuda().to(dtype).requires_grad_()
+    labels = torch.randint(vocabulary, (tokens,), generator=generator).cuda()
+    weights = torch.rand(tokens, generator=generator).sub(1 / 3).clamp_min(0).cuda()
+    loss = linear_cross_entropy(hidden, weight, labels, weights)
+    (loss.total / 3).backward()
+    wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    expected = (cross_entropy(wide[0] @ wide[1].t(), labels, reduction="none") * weights).sum()
+    (expected / 3).backward()
+    assert loss.total.dtype == torch.float32
+    assert_close(loss.total, expected, 1e-5)
+    assert_close(hidden.grad, wide[0].grad, gradient, "hidden")
+    assert_close(weight.grad, wide[1].grad, gradient, "weight")
+
+
+def test_tiny_network_in_float32_equals_the_cpu():
+    pack = tiny_pack([40, 1, 23, 0])
+    cpu, gpu = tiny_model(), tiny_model().cuda()
+    expected, loss = cpu(**pack), gpu(**on_gpu(pack))
+    expected.total.backward()
+    loss.total.backward()
+    assert_close(loss.total.cpu(), expected.total, 1e-5)
+    found = {name: gradient.cpu() for name, gradient in gradients(gpu).items()}
+    assert_all_close(found, gradients(cpu), 1e-4)  # other kernels, other orders of summation
+
+
+def test_forward_and_backward_never_wait_for_the_device():
+    """With label positions from the host nothing in a training step asks the device for a number."""
+    pack = tiny_pack([40, 1, 23, 0], torch.float32)
+    positions = pack["weights"].nonzero().squeeze(-1).cuda()
+    network, batch = tiny_model(torch.bfloat16).cuda(), on_gpu(pack)
+    network(**batch, label_positions=positions).total.backward()  # libraries start up
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        network(**batch, label_positions=positions).total.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

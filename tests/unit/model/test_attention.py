@@ -1,0 +1,147 @@
+"""The kernels' choice, and the CPU kernel against a dense mask."""
+
+import pytest
+import torch
+from models import assert_close
+
+import model.attention
+from model.attention import LayerCache, attention, cached_attention, choose_backend
+
+HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
+
+
+def random_qkv(total, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(total, heads, HEAD_DIM, generator=generator, dtype=dtype).requires_grad_()
+        for heads in (HEADS, KV_HEADS, KV_HEADS)
+    ]
+
+
+def bounds(lengths):
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+def dense(q, k, v, lengths):
+    """The whole square of scores, masked to earlier tokens of the same document; the second oracle."""
+    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    allowed = (document[:, None] == document[None]).tril()
+    k, v = (x.repeat_interleave(HEADS // KV_HEADS, dim=1) for x in (k, v))
+    scores = torch.einsum("qhe,khe->hqk", q, k) / HEAD_DIM**0.5
+    return torch.einsum("hqk,khe->qhe", scores.masked_fill(~allowed, -torch.inf).softmax(-1), v)
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [[7], [1], [5, 1, 9], [1, 1, 1], [5, 0, 3, 0, 0]],
+    ids=["one", "one token", "ragged", "only length 1", "empty ones"],
+)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=str)
+def test_sdpa_equals_a_dense_mask_in_value_and_gradients(lengths, dtype, tolerance):
+    inputs = random_qkv(sum(lengths), dtype)
+    upstream = torch.randn_like(inputs[0])
+    ours = attention(*inputs, bounds(lengths), max(lengths), "sdpa")
+    theirs = dense(*inputs, lengths)
+    assert_close(ours, theirs, tolerance)
+    found, expected = (torch.autograd.grad(out, inputs, upstream) for out in (ours, theirs))
+    # Together, since those of q and k are zero by the formula where every document has length 1.
+    found, expected = (torch.cat([gradient.flatten() for gradient in each]) for each in (found, expected))
+    assert_close(found, expected, tolerance, "gradients")
+
+
+def test_lengths_from_the_host_give_the_same_bits():
+    inputs = random_qkv(14)
+    asked, told = (attention(*inputs, bounds([5, 9, 0]), 9, "sdpa", lengths) for lengths in (None, (5, 9, 0)))
+    assert torch.equal(asked, told)
+
+
+def test_auto_on_a_cpu_is_sdpa():
+    inputs = random_qkv(6)
+    auto, sdpa = (attention(*inputs, bounds([6]), 6, name) for name in ("auto", "sdpa"))
+    assert torch.equal(auto, sdpa)
+
+
+@pytest.mark.parametrize(
+    ("device_type", "dtype", "varlen", "flash_attn", "expected"),
+    [
+        ("cpu", torch.bfloat16, True, True, "sdpa"),
+        ("cuda", torch.float32, True, True, "sdpa"),
+        ("cuda", torch.bfloat16, True, True, "varlen"),
+        ("cuda", torch.float16, True, False, "varlen"),
+        ("cuda", torch.bfloat16, False, True, "flash_attn"),
+        ("cuda", torch.bfloat16, False, False, "sdpa"),
+    ],
+)
+def test_auto_picks_by_device_and_dtype(monkeypatch, device_type, dtype, varlen, flash_attn, expected):
+    monkeypatch.setattr(model.attention, "_HAS_VARLEN", varlen)
+    monkeypatch.setattr(model.attention, "_HAS_FLASH_ATTN", flash_attn)
+    assert choose_backend("auto", device_type, dtype) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "device_type", "dtype", "message"),
+    [
+        ("flash_attn", "cpu", torch.bfloat16, "found 'flash_attn' on device 'cpu', expected a CUDA device"),
+        ("varlen", "cpu", torch.bfloat16, "found 'varlen' on device 'cpu', expected a CUDA device"),
+        ("varlen", "cuda", torch.float32, "found 'varlen' with torch.float32, expected torch.bfloat16"),
+        ("flash_attn", "cuda", torch.float64, "found 'flash_attn' with torch.float64"),
+        ("flash_attn", "cuda", torch.bfloat16, "expected the package flash-attn to be installed; install"),
+        ("varlen", "cuda", torch.bfloat16, "expected torch.nn.attention.varlen; upgrade torch"),
+        ("eager", "cpu", torch.float32, "found 'eager', expected one of auto, sdpa, varlen, flash_attn"),
+    ],
+)
+def test_what_cannot_run_is_refused_with_a_remedy(monkeypatch, name, device_type, dtype, message):
+    monkeypatch.setattr(model.attention, "_HAS_VARLEN", False)
+    monkeypatch.setattr(model.attention, "_HAS_FLASH_ATTN", False)
+    with pytest.raises(ValueError, match=f"model.attention: .*{message}"):
+        choose_backend(name, device_type, dtype)
+
+
+@pytest.mark.parametrize("name", ["flash_attn", "varlen"])
+def test_flash_kernels_on_a_cpu_are_an_error_and_no_fallback(name):
+    with pytest.raises(ValueError, match=f"found '{name}' on device 'cpu'"):
+        attention(*random_qkv(4), bounds([4]), 4, name)
+
+
+@pytest.mark.parametrize("takes_groups", [True, False], ids=["torch 2.12", "torch 2.11"])
+def test_varlen_is_called_causal_with_heads_as_the_version_takes_them(monkeypatch, takes_groups):
+    """The kernel itself needs a GPU; here stands a recorder of either version's signature."""
+    calls = []
+
+    def kernel(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, **options):
+        calls.append((k, v, options))
+        return q
+
+    monkeypatch.setattr(model.attention, "varlen_attn", kernel)
+    monkeypatch.setattr(model.attention, "_VARLEN_TAKES_GROUPS", takes_groups)
+    q, k, v = random_qkv(6)
+    model.attention._varlen(q, k, v, bounds([6]), 6)
+    ((k_seen, v_seen, options),) = calls
+    if takes_groups:
+        assert options == {"window_size": (-1, 0), "enable_gqa": True}
+        assert k_seen is k
+        assert v_seen is v
+    else:
+        assert options == {"window_size": (-1, 0)}
+        for head in range(HEADS):
+            assert torch.equal(k_seen[:, head], k[:, head // 2])
+            assert torch.equal(v_seen[:, head], v[:, head // 2])
+
+
+@pytest.mark.parametrize("steps", [[9], [1] * 9, [4, 1, 3, 1]], ids=["at once", "one by one", "in pieces"])
+def test_cached_attention_equals_the_uncached(steps):
+    q, k, v = random_qkv(9)
+    cache = LayerCache(9)
+    with torch.no_grad():
+        parts = [
+            cached_attention(q_i, *cache.append(k_i, v_i))
+            for q_i, k_i, v_i in zip(*(x.split(steps) for x in (q, k, v)), strict=True)
+        ]
+    assert_close(torch.cat(parts), dense(q, k, v, [9]), 1e-12)
+
+
+def test_a_full_cache_says_how_much_it_holds():
+    cache = LayerCache(3)
+    keys = torch.zeros(4, KV_HEADS, HEAD_DIM)
+    with pytest.raises(ValueError, match="found 4 tokens, expected at most 3"):
+        cache.append(keys, keys)

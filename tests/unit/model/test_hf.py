@@ -1,0 +1,270 @@
+"""Weights and configuration to and from Hugging Face's layout, with transformers as the other side."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from models import TINY, assert_close, tiny_model, tiny_pack, without_labels
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
+
+from model import Transformer
+from model.config import parameter_shapes
+from model.hf import config_from_hf, config_to_hf, hf_name, load_hf, our_name, save_hf
+
+SMALL_SHARD = 100_000  # bytes: the tiny network's 330,000 parameters need over a dozen files
+NEMO_FIELDS = {
+    "architectures": ["MistralForCausalLM"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 5120,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 128000,
+    "model_type": "mistral",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 40,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "vocab_size": 131072,
+}
+
+
+def transformers_model(seed=0):
+    torch.manual_seed(seed)
+    return MistralForCausalLM(MistralConfig(**config_to_hf(TINY, torch.float32))).eval()
+
+
+def edit(folder, change):
+    """Rewrite a single file of weights."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_names_go_both_ways_and_cover_every_parameter():
+    ours = list(parameter_shapes(TINY))
+    assert [our_name(hf_name(name)) for name in ours] == ours
+    assert {hf_name(name) for name in ours} == set(transformers_model().state_dict())
+
+
+@pytest.mark.parametrize("form", ["older", "transformers 5"])
+def test_nemos_configuration_is_read_in_both_forms(form):
+    fields = dict(NEMO_FIELDS)
+    if form == "transformers 5":
+        fields["rope_parameters"] = {"rope_theta": fields.pop("rope_theta"), "rope_type": "default"}
+        fields["dtype"] = fields.pop("torch_dtype")
+    config = config_from_hf(fields)
+    assert (config.dim, config.head_dim, config.n_heads, config.n_kv_heads) == (5120, 128, 32, 8)
+    assert (config.n_layers, config.hidden_dim, config.vocab_size) == (40, 14336, 131072)
+    assert (config.norm_eps, config.rope_theta) == (1e-5, 1e6)
+
+
+def test_configuration_written_is_the_one_read():
+    assert config_from_hf(json.loads(json.dumps(config_to_hf(TINY, torch.bfloat16)))) == TINY
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "llama"}, "model_type: found 'llama', expected 'mistral'"),
+        ({"architectures": ["MixtralForCausalLM"]}, r"architectures: found \['MixtralForCausalLM'\]"),
+        ({"hidden_act": "gelu"}, "hidden_act: found 'gelu'"),
+        ({"sliding_window": 4096}, "sliding_window: found 4096, expected None"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings: found True"),
+        ({"attention_dropout": 0.1}, "attention_dropout: found 0.1"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type: found 'linear'"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope type: found 'yarn'"),
+        ({"head_dim": None}, "found no value for head_dim"),
+        ({"rope_theta": None}, "found no value for rope_theta"),
+    ],
+)
+def test_what_the_network_does_not_compute_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        config_from_hf(NEMO_FIELDS | change)
+
+
+@pytest.mark.parametrize("shard", [SMALL_SHARD, 10**9], ids=["sharded", "single file"])
+def test_weights_saved_by_transformers_give_equal_logits(tmp_path, shard):
+    theirs = transformers_model()
+    theirs.save_pretrained(tmp_path, max_shard_size=shard)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard == SMALL_SHARD)
+    ours = Transformer(TINY)
+    load_hf(ours, tmp_path)
+    pack = without_labels(tiny_pack([21]))
+    assert_close(ours(**pack), theirs(pack["tokens"][None]).logits[0], 1e-5)
+
+
+@pytest.mark.parametrize("shard", [SMALL_SHARD, 10**9], ids=["sharded", "single file"])
+def test_weights_saved_by_us_load_in_transformers_without_a_word(tmp_path, shard):
+    ours = tiny_model()
+    save_hf(ours, tmp_path / "export", max_shard_bytes=shard, fields={"bos_token_id": 1})
+    theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path / "export", output_loading_info=True)
+    assert not any(info.values()), info
+    assert theirs.config.bos_token_id == 1
+    pack = without_labels(tiny_pack([21]))
+    assert_close(ours(**pack), theirs(pack["tokens"][None]).logits[0], 1e-5)
+
+
+def test_shards_keep_to_their_size_and_say_their_format(tmp_path):
+    save_hf(tiny_model(), tmp_path / "export", max_shard_bytes=SMALL_SHARD)
+    index = json.loads((tmp_path / "export" / "model.safetensors.index.json").read_text())
+    sizes = []
+    for path in sorted((tmp_path / "export").glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            assert file.metadata() == {"format": "pt"}
+            names = list(file.keys())
+        assert {index["weight_map"][name] for name in names} == {path.name}
+        tensors = load_file(path)
+        sizes.append(sum(tensor.nbytes for tensor in tensors.values()))
+        assert sizes[-1] <= SMALL_SHARD or len(names) == 1
+    assert index["metadata"]["total_size"] == sum(sizes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_round_trip_keeps_every_bit(tmp_path, dtype):
+    first = tiny_model(dtype)
+    save_hf(first, tmp_path / "export", max_shard_bytes=SMALL_SHARD)
+    second = Transformer(TINY).to(dtype)
+    load_hf(second, tmp_path / "export")
+    for (name, ours), (_, theirs) in zip(first.named_parameters(), second.named_parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def test_float32_parameters_take_bfloat16_weights_and_save_as_asked(tmp_path):
+    save_hf(tiny_model(), tmp_path / "narrow", dtype=torch.bfloat16)
+    wide = Transformer(TINY)
+    load_hf(wide, tmp_path / "narrow")
+    assert wide.output.weight.dtype == torch.float32
+    assert torch.equal(wide.output.weight, tiny_model().output.weight.bfloat16().float())
+
+
+def test_a_sharded_parameter_receives_its_slice_alone(tmp_path):
+    """A pretended group of two ranks, seen from the second; 515 rows divide unevenly."""
+    save_hf(tiny_model(), tmp_path / "export")
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+    try:
+        mesh = init_device_mesh("cpu", (2,))
+        model = Transformer(TINY)
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                sharded = distribute_tensor(parameter.detach(), mesh, [Shard(0)], src_data_rank=None)
+                setattr(module, name, torch.nn.Parameter(sharded))
+        load_hf(model, tmp_path / "export")
+        for (name, whole), (_, part) in zip(
+            tiny_model().named_parameters(), model.named_parameters(), strict=True
+        ):
+            assert isinstance(part, DTensor)
+            assert torch.equal(part.to_local(), whole.chunk(2)[1]), name
+    finally:
+        dist.destroy_process_group()
+
+
+def test_saving_after_a_forward_alone_writes_the_masters(tmp_path):
+    """A forward without a backward leaves bfloat16 copies where the sharded float32 parameters were."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=False)
+        model = fully_shard(tiny_model(), mesh=init_device_mesh("cpu", (1,)), mp_policy=policy)
+        with torch.no_grad():
+            model(**tiny_pack([4]))
+        save_hf(model, tmp_path / "export")
+    finally:
+        dist.destroy_process_group()
+    second = Transformer(TINY)
+    load_hf(second, tmp_path / "export")
+    assert torch.equal(second.tok_embeddings.weight, tiny_model().tok_embeddings.weight)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("lm_head.weight"), r"found no lm_head\.weight, expected 30 parameters"),
+        (lambda t: t.update({"extra": torch.zeros(1)}), "found extra, which the network does not have"),
+        (
+            lambda t: t.update({"model.norm.weight": torch.zeros(79)}),
+            r"found model\.norm\.weight of shape \[79\], expected \[80\]",
+        ),
+    ],
+    ids=["missing", "surplus", "misshapen"],
+)
+def test_weights_that_do_not_fit_are_refused_before_any_is_copied(tmp_path, change, message):
+    save_hf(tiny_model(), tmp_path / "export")
+    edit(tmp_path / "export", change)
+    model = tiny_model(seed=1)
+    with pytest.raises(ValueError, match=message):
+        load_hf(model, tmp_path / "export")
+    assert torch.equal(model.tok_embeddings.weight, tiny_model(seed=1).tok_embeddings.weight)
+
+
+def test_another_configuration_is_refused_with_the_fields_that_differ(tmp_path):
+    save_hf(tiny_model(), tmp_path / "export")
+    with pytest.raises(ValueError, match="found norm_eps 1e-05 in the file, 1e-06 in the model"):
+        load_hf(Transformer(replace(TINY, norm_eps=1e-6)), tmp_path / "export")
+
+
+@pytest.mark.parametrize(
+    ("absent", "message"),
+    [
+        ("config.json", "found no config.json"),
+        ("model.safetensors.index.json", "found neither model.safetensors.index.json nor model.safetensors"),
+        ("model-00002-of-*.safetensors", "found no model-00002-of-.*, expected it"),
+    ],
+)
+def test_an_absent_file_is_named(tmp_path, absent, message):
+    save_hf(tiny_model(), tmp_path / "export", max_shard_bytes=SMALL_SHARD)
+    next((tmp_path / "export").glob(absent)).unlink()
+    with pytest.raises(ValueError, match=message):
+        load_hf(Transformer(TINY), tmp_path / "export")
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_configuration_that_is_no_object_is_named(tmp_path, text):
+    save_hf(tiny_model(), tmp_path / "export")
+    (tmp_path / "export" / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json: found .*expected an object"):
+        load_hf(Transformer(TINY), tmp_path / "export")
+
+
+def test_mistrals_own_file_beside_the_weights_is_left_alone(tmp_path):
+    save_hf(tiny_model(), tmp_path / "export")
+    save_file({"norm.weight": torch.zeros(1)}, tmp_path / "export" / "consolidated.safetensors")
+    load_hf(Transformer(TINY), tmp_path / "export")
+
+
+def test_an_existing_folder_is_not_overwritten(tmp_path):
+    with pytest.raises(ValueError, match="found a folder, expected none"):
+        save_hf(tiny_model(), tmp_path)
+
+
+def test_an_interrupted_save_leaves_no_folder_under_its_name(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("model.hf.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_hf(tiny_model(), tmp_path / "export")
+    assert not (tmp_path / "export").exists()
+    monkeypatch.undo()
+    save_hf(tiny_model(), tmp_path / "export")
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+def test_a_caller_that_does_not_write_leaves_nothing(tmp_path):
+    save_hf(tiny_model(), tmp_path / "export", write=False)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,1 @@
+"""Hydra configuration: `config.yaml` and its groups, shipped with the package."""

@@ -1,0 +1,430 @@
+"""Text ↔ ids, where control tokens come by id alone.
+
+A tokenizer.json lists control tokens beside the vocabulary, and the usual encoder looks for them in every
+text: a user who types `<|im_end|>` closes the turn. Here the encoder is built from the same file without
+    them, so that
+there is nothing to find. Owns byte-level BPE files, Mistral's Tekken files and the training of small
+tokenizers. Knows no conversations.
+"""
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as RawTokenizer
+
+from data.errors import DataError
+
+IM_START, IM_END, BOS = "<|im_start|>", "<|im_end|>", "<s>"
+
+_SPLIT = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""Tekken's split of text into words: numbers digit by digit, blanks with the word that follows."""
+
+_NEMO_CONTROLS = (
+    *("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"),
+    *("[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]", "<pad>", "[PREFIX]", "[MIDDLE]", "[SUFFIX]"),
+)
+"""Names of Nemo's first control ids, as published with the weights; a Tekken file of that time bears none,
+and the names that later libraries supply for it have moved (their `<pad>` is 11, Nemo's is 10)."""
+
+_PROBES = (
+    "plain",
+    " \t\r\n\n  two  spaces  \n",
+    "\n\nstart",
+    "e\u0301 \u00e9 ﬁ ½ Å \u212b ﷺ 漢字 かな Ünïcödé",
+    "\u0000\u0001\u007f\u0085\u00a0\u200b\u200d\u2028\ufeff\ufffd🤖👩‍👩‍👧",
+    "12345 1,000.00 don't I'LL can`t",
+    "<|im_start|>system\n<|im_end|><s></s><unk><pad>[INST] ▁ Ġ Ċ <0x0A>",
+)
+"""Texts that a tokenizer which changes text (case, Unicode form, blanks, a prefix space) does not give
+back."""
+
+
+def _byte_characters() -> list[str]:
+    """The printable character that stands for each byte in byte-level vocabularies, [256].
+
+    Source: the mapping published with GPT-2: printable Latin-1 stands for itself, the rest from U+0100 on.
+    """
+    own = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    rest = (chr(0x100 + n) for n in range(256))
+    return [chr(byte) if byte in own else next(rest) for byte in range(256)]
+
+
+class Tokenizer:
+    """Byte-level BPE with control tokens apart.
+
+    Every text is encodable and `decode(encode(text)) == text`; no text yields a control token. Both are
+    checked when a tokenizer is made. Made by `from_file` and `train_tokenizer`.
+
+    Attributes:
+        vocab_size: number of ids, control tokens and gaps included; every id is below it.
+        bos_id: id put before each conversation, or None where the tokenizer has none.
+        im_start_id: id that opens a message.
+        im_end_id: id that closes a message.
+        controls: name → id of each control token.
+        control_ids: their ids.
+        digest: sha256 (hex) of all that decides what ids a text gets; the same for equal tokenizers, whatever
+            the file's layout.
+    """
+
+    def __init__(self, spec: Mapping[str, Any], bos: str | None, place: str) -> None:
+        """Build from a parsed tokenizer.json that has both ChatML control tokens.
+
+        Args:
+            spec: the parsed file.
+            bos: name of the token to put first, or None.
+            place: what to call it in error messages.
+
+        Raises:
+            DataError: it is not byte-level BPE, changes text, or lacks a control token.
+        """
+        model = _model_of(spec, place)
+        vocab: dict[str, int] = dict(model["vocab"])
+        self.controls: dict[str, int] = {t["content"]: t["id"] for t in spec.get("added_tokens") or ()}
+        for name in (IM_START, IM_END):
+            if name not in self.controls and name in vocab:
+                self.controls[name] = vocab[name]
+        for name in (IM_START, IM_END, *((bos,) if bos is not None else ())):
+            if name not in self.controls:
+                raise DataError(f"{place}: no control token {name!r}; it has {_some(self.controls)}")
+        self.control_ids = frozenset(self.controls.values())
+        self._names = {id_: name for name, id_ in self.controls.items()}
+        self.im_start_id, self.im_end_id = self.controls[IM_START], self.controls[IM_END]
+        self.bos_id = None if bos is None else self.controls[bos]
+        self.vocab_size = 1 + max(max(vocab.values(), default=0), max(self.control_ids))
+
+        # With ignore_merges a whole word is looked up in the vocabulary, so a control token must not stand
+        # there.
+        gone = {token for token, id_ in vocab.items() if token in self.controls or id_ in self.control_ids}
+        for token in gone:
+            del vocab[token]
+        missing = [byte for byte, character in enumerate(_byte_characters()) if character not in vocab]
+        if missing:
+            raise DataError(
+                f"{place}: byte 0x{missing[0]:02x} (and {len(missing) - 1} more) cannot be encoded; expected "
+                "a byte-level BPE tokenizer whose vocabulary holds all 256 bytes"
+            )
+        merges = [m.split(" ") if isinstance(m, str) else list(m) for m in model.get("merges") or ()]
+        if gone:
+            merges = [m for m in merges if not gone.intersection((*m, "".join(m)))]
+        plain = {
+            "version": "1.0",
+            "normalizer": spec.get("normalizer"),
+            "pre_tokenizer": spec.get("pre_tokenizer"),
+            "decoder": spec.get("decoder"),
+            "model": {
+                "type": "BPE",
+                "ignore_merges": bool(model.get("ignore_merges")),
+                "continuing_subword_prefix": model.get("continuing_subword_prefix") or None,
+                "end_of_word_suffix": model.get("end_of_word_suffix") or None,
+                "vocab": vocab,
+                "merges": merges,
+            },
+        }
+        text = json.dumps(plain, sort_keys=True)
+        try:
+            self._plain = RawTokenizer.from_str(text)
+        except Exception as error:  # the library raises bare Exception for every fault in a file
+            raise DataError(f"{place}: not a usable tokenizer.json: {error}") from error
+        self._spec = plain
+        controls = json.dumps([sorted(self.controls.items()), self.bos_id])
+        self.digest = hashlib.sha256(f"{text}\n{controls}".encode()).hexdigest()
+        for probe in _PROBES:
+            if (back := self.decode(self.encode(probe))) != probe:
+                raise DataError(
+                    f"{place}: the tokenizer changes text: {probe!r} comes back as {back!r}; expected one "
+                    "without a normalizer and without a prefix space"
+                )
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Tokenizer) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __repr__(self) -> str:
+        return f"Tokenizer(vocab_size={self.vocab_size}, digest={self.digest[:16]})"
+
+    @classmethod
+    def from_file(
+        cls, path: str | Path, *, im_start_slot: int | None = None, im_end_slot: int | None = None
+    ) -> "Tokenizer":
+        """Read a tokenizer.json, or a Tekken file of Mistral-Nemo (told apart by content).
+
+        BOS is `bos_token` of a tokenizer_config.json beside the file where that names one (or null: none),
+        else `<s>` where that is a control token.
+
+        Args:
+            path: the file.
+            im_start_slot: reserved id to rename to `<|im_start|>`, where the file has none; a Tekken file
+                uses 14.
+            im_end_slot: the same for `<|im_end|>`; a Tekken file uses 15.
+
+        Returns:
+            The tokenizer.
+
+        Raises:
+            DataError: the file is not there, not a tokenizer, or has no ChatML tokens and no slots were
+                named.
+        """
+        path = Path(path)
+        spec = _read_json(path)
+        if isinstance(spec.get("vocab"), list) and isinstance(spec.get("config"), dict):
+            spec = _from_tekken(spec, path)
+            im_start_slot = 14 if im_start_slot is None else im_start_slot
+            im_end_slot = 15 if im_end_slot is None else im_end_slot
+        spec = _with_slots(spec, path, {IM_START: im_start_slot, IM_END: im_end_slot})
+        bos: str | None = BOS if any(t["content"] == BOS for t in spec.get("added_tokens") or ()) else None
+        config_path = path.with_name("tokenizer_config.json")
+        if config_path.is_file():
+            config = _read_json(config_path)
+            named = config.get("bos_token", bos)
+            bos = named["content"] if isinstance(named, dict) else named
+        return cls(spec, bos, str(path))
+
+    def save(self, path: str | Path) -> None:
+        """Write a tokenizer.json that `from_file` reads back to an equal tokenizer.
+
+        Other libraries read it too: it lists the control tokens, and adds BOS where this tokenizer has one.
+
+        Args:
+            path: the file to write. A tokenizer_config.json is put beside it only where BOS is not what its
+                absence would mean.
+        """
+        path = Path(path)
+        spec = json.loads(json.dumps(self._spec))
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        in_order = sorted(self.controls.items(), key=lambda item: item[1])
+        spec["added_tokens"] = [{"id": id_, "content": name, **flags} for name, id_ in in_order]
+        spec["model"]["vocab"] |= self.controls
+        bos = None if self.bos_id is None else self._names[self.bos_id]
+        if bos is not None:
+            first, text, pair = (
+                {kind: {"id": id_, "type_id": type_}}
+                for kind, id_, type_ in (("SpecialToken", bos, 0), ("Sequence", "A", 0), ("Sequence", "B", 1))
+            )
+            spec["post_processor"] = {
+                "type": "TemplateProcessing",
+                "single": [first, text],
+                "pair": [first, text, pair],
+                "special_tokens": {bos: {"id": bos, "ids": [self.bos_id], "tokens": [bos]}},
+            }
+        path.write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
+        if bos != (BOS if BOS in self.controls else None):
+            path.with_name("tokenizer_config.json").write_text(
+                json.dumps({"bos_token": bos}), encoding="utf-8"
+            )
+
+    def encode(self, text: str) -> list[int]:
+        """Encode text; never yields a control token.
+
+        Args:
+            text: any valid Unicode.
+
+        Returns:
+            Its ids.
+
+        Raises:
+            ValueError: the text holds a lone surrogate.
+        """
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encode many texts on all cores; the same as `encode` on each.
+
+        Args:
+            texts: any valid Unicode.
+
+        Returns:
+            The ids of each.
+
+        Raises:
+            ValueError: a text holds a lone surrogate.
+        """
+        for text in texts:
+            text.encode("utf-8")  # refuses what the library would report as a wrong type
+        batch = [e.ids for e in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
+        assert not any(self.control_ids.intersection(ids) for ids in batch), "text became a control token"
+        return batch
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Give ids back as text; control tokens show as their names.
+
+        Args:
+            ids: any ids of the vocabulary. Bytes that are no whole character show as U+FFFD.
+
+        Returns:
+            The text.
+
+        Raises:
+            ValueError: an id that is in no vocabulary.
+        """
+        pieces: list[str] = []
+        run: list[int] = []
+
+        def flush() -> None:
+            pieces.append(self._plain.decode(run, skip_special_tokens=False))
+            run.clear()
+
+        for id_ in ids:
+            id_ = int(id_)
+            if id_ in self._names:
+                flush()
+                pieces.append(self._names[id_])
+            elif id_ < 0 or self._plain.id_to_token(id_) is None:
+                raise ValueError(f"id {id_} is not in this tokenizer's vocabulary of {self.vocab_size}")
+            else:
+                run.append(id_)
+        flush()
+        return "".join(pieces)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Train byte-level BPE with ChatML control tokens; the same texts give the same tokenizer.
+
+    Args:
+        texts: what to learn from; their order does not matter.
+        vocab_size: ids in all: 5 control tokens, 256 bytes, the rest learned.
+
+    Returns:
+        A tokenizer of exactly `vocab_size` ids, control tokens `<s> </s> <pad> <|im_start|> <|im_end|>` at
+        0..4.
+
+    Raises:
+        DataError: too small a number, or too little text to learn so many.
+    """
+    controls = [BOS, "</s>", "<pad>", IM_START, IM_END]
+    least = len(controls) + 256
+    if vocab_size < least:
+        raise DataError(
+            f"vocab_size is {vocab_size}; expected at least {least}: 256 bytes and {len(controls)} controls"
+        )
+    raw = RawTokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=controls,
+        initial_alphabet=sorted(_byte_characters()),
+        show_progress=False,
+    )
+    raw.train_from_iterator(texts, trainer)
+    if (found := raw.get_vocab_size()) != vocab_size:
+        raise DataError(
+            f"vocab_size is {vocab_size}, but the texts yield only {found} tokens; "
+            f"set it to {found} or less, or give more text"
+        )
+    return Tokenizer(json.loads(raw.to_str()), BOS, "the trained tokenizer")
+
+
+def _from_tekken(tekken: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Turn a Tekken file into the contents of a tokenizer.json.
+
+    Tekken merges by rank, tokenizer.json by a list of pairs: each token's pairs are all its splits into two
+    tokens, and with the list in order of the tokens' ranks both merge alike.
+
+    Source: the conversion in transformers (MistralConverter); the names of control tokens are Nemo's own
+        instead.
+    """
+    if "special_tokens" in tekken:
+        raise DataError(
+            f"{path}: a Tekken file with its own control tokens; expected Mistral-Nemo's "
+            "(tekken_240718.json), which has none. Use the model's tokenizer.json"
+        )
+    config = tekken["config"]
+    controls = int(config["default_num_special_tokens"])
+    characters = _byte_characters()
+    ranks: dict[bytes, int] = {}
+    for entry in tekken["vocab"][: int(config["default_vocab_size"]) - controls]:
+        ranks[base64.b64decode(entry["token_bytes"])] = entry["rank"]
+    strings = {token: "".join([characters[byte] for byte in token]) for token in ranks}
+    merges: list[tuple[str, str]] = []
+    for token in sorted(ranks, key=ranks.__getitem__):
+        splits = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
+        known = [(ranks[a], ranks[b], a, b) for a, b in splits if a in ranks and b in ranks]
+        merges += [(strings[a], strings[b]) for _, _, a, b in sorted(known)]
+    names = [*_NEMO_CONTROLS, *(f"<SPECIAL_{n}>" for n in range(len(_NEMO_CONTROLS), controls))]
+    vocab = {name: id_ for id_, name in enumerate(names)}
+    vocab |= {strings[token]: rank + controls for token, rank in ranks.items()}
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": config["pattern"]},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    return {
+        "added_tokens": [{"id": id_, "content": name} for id_, name in enumerate(names)],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": {"type": "BPE", "ignore_merges": True, "vocab": vocab, "merges": merges},
+    }
+
+
+def _with_slots(spec: dict[str, Any], path: Path, slots: Mapping[str, int | None]) -> dict[str, Any]:
+    """Rename reserved control ids to the ChatML names, where the file has none."""
+    added = [dict(token) for token in spec.get("added_tokens") or ()]
+    model = _model_of(spec, str(path))
+    vocab = dict(model["vocab"])
+    ids = {token["content"]: token["id"] for token in added}
+    for name, slot in slots.items():
+        here = ids.get(name, vocab.get(name))
+        if here is not None:
+            if slot not in (None, here):
+                raise DataError(
+                    f"{path}: {name} is already id {here}; leave its slot unset instead of {slot}"
+                )
+            continue
+        reserved = [token for token in added if token["id"] == slot]
+        if slot is None or not reserved or reserved[0]["content"] in (BOS, IM_START, IM_END):
+            found = "no slot was named" if slot is None else f"slot {slot} is no reserved control token"
+            raise DataError(
+                f"{path}: no control token {name}, and {found}; name a reserved id for it (im_start_slot, "
+                f"im_end_slot), one of {_some({t['content']: t['id'] for t in added})}"
+            )
+        old = reserved[0]["content"]
+        reserved[0]["content"] = name
+        if old in vocab:
+            vocab[name] = vocab.pop(old)
+    return {**spec, "added_tokens": added, "model": {**model, "vocab": vocab}}
+
+
+def _model_of(spec: Mapping[str, Any], place: str) -> Mapping[str, Any]:
+    model = spec.get("model")
+    if not isinstance(model, Mapping) or not isinstance(model.get("vocab"), Mapping):
+        raise DataError(f"{place}: no BPE model found; expected a tokenizer.json with model.vocab and merges")
+    return model
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; expected a tokenizer.json or a Tekken file")
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not JSON: {error}; expected a tokenizer.json or a Tekken file") from error
+    if not isinstance(value, dict):
+        raise DataError(
+            f"{path}: found a JSON {type(value).__name__}; expected a tokenizer.json or a Tekken file"
+        )
+    return value
+
+
+def _some(controls: Mapping[str, int]) -> str:
+    """A few control tokens with their ids, for a message."""
+    shown = [f"{name}={id_}" for name, id_ in sorted(controls.items(), key=lambda item: item[1])[:20]]
+    return ", ".join(shown) + (", …" if len(controls) > 20 else "") if shown else "no control tokens"

@@ -1,0 +1,622 @@
+"""Every setting once: type, default, unit, reason. And the one place that knows Hydra.
+
+`conf/*.yaml` and the command line go in, a frozen `TrainConfig` comes out. Below `verb` nobody sees Hydra or
+OmegaConf; each part receives its own section. Values that follow from settings (steps, accumulation) are not
+settings: they are worked out in `train.py` and printed at start.
+"""
+
+import dataclasses
+import difflib
+import functools
+import hashlib
+import os
+import re
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, cast, get_args, get_type_hints
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from data import DataError
+from data.sources import SourceConfig
+from magnum_train.distributed import HostError, launch
+from magnum_train.errors import ConfigError, UserError
+from model import TransformerConfig
+
+Schema = TypeVar("Schema")
+CONF = Path(__file__).resolve().parent.parent / "conf"
+
+
+def _choice(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(key, repr(value), "one of " + ", ".join(allowed))
+
+
+def _above(key: str, value: float | None, bound: float, *, equal: bool = False) -> None:
+    if value is not None and (value < bound or (value == bound and not equal)):
+        raise ConfigError(key, str(value), f"{'at least' if equal else 'more than'} {bound}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture (Mistral's names), and the attention kernel."""
+
+    dim: int = MISSING
+    """Width of the residual stream."""
+    n_layers: int = MISSING
+    """Number of transformer blocks."""
+    n_heads: int = MISSING
+    """Query heads."""
+    n_kv_heads: int = MISSING
+    """Key-value heads; each serves n_heads / n_kv_heads query heads."""
+    head_dim: int = MISSING
+    """Width of one head. Given, never derived: Nemo's 128 is not 5120 / 32."""
+    hidden_dim: int = MISSING
+    """Width of the feed-forward layer."""
+    vocab_size: int = MISSING
+    """Rows of the embedding and output matrices; at least the tokenizer's vocabulary."""
+    norm_eps: float = 1e-5
+    """Added to the mean square in RMSNorm."""
+    rope_theta: float = 1_000_000.0
+    """Base of the rotary wavelengths; Nemo's is a million, for long contexts."""
+    attention: str = "auto"
+    """Attention kernel: auto, sdpa, varlen or flash_attn. `auto` takes what the device runs, and says which."""
+
+    def transformer(self) -> TransformerConfig:
+        """The architecture alone, checked."""
+        names = [f.name for f in dataclasses.fields(TransformerConfig)]
+        try:
+            return TransformerConfig(**{name: getattr(self, name) for name in names})
+        except ValueError as error:
+            raise ConfigError("model", str(error), "a possible architecture") from error
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Text to ids."""
+
+    path: str | None = None
+    """A tokenizer.json or a Tekken file; null trains a byte-level BPE on the training conversations."""
+    vocab_size: int | None = 2048
+    """Entries of the trained vocabulary; read only where `path` is null. null asks for a path."""
+    im_start_slot: int | None = None
+    """Reserved id that becomes <|im_start|> where the file has none; null means 14 for a Tekken file."""
+    im_end_slot: int | None = None
+    """Reserved id that becomes <|im_end|>; null means 15 for a Tekken file."""
+
+    def __post_init__(self) -> None:
+        if self.path is None and self.vocab_size is None:
+            raise ConfigError(
+                "tokenizer.path",
+                "nothing",
+                "the seed model's tokenizer.json or Tekken file",
+                "Give tokenizer.path=FILE.",
+            )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which conversations, and how they are packed."""
+
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    """Sources by name; see `data/sources.py` for what one holds."""
+    pack_tokens: int = 8192
+    """Tokens of a pack, and the longest conversation that is kept. A micro-batch is one pack."""
+    pack_documents: int = 128
+    """Most conversations in a pack; fixes the shape of cu_seqlens."""
+    prepared_dir: str = "prepared"
+    """Folder of tokenised data, one sub-folder per content; may be copied to another machine."""
+    max_loss_share: float = 0.1
+    """Share of a source's rows that may be unusable or too long before the run refuses to start."""
+
+    def __post_init__(self) -> None:
+        _above("data.pack_tokens", self.pack_tokens, 2, equal=True)
+        _above("data.pack_documents", self.pack_documents, 1, equal=True)
+        _above("data.max_loss_share", self.max_loss_share, 0, equal=True)
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """The optimizer step and the length of the run."""
+
+    tokens_per_step: int = 1_048_576
+    """Tokens of a step over all ranks, padding included; a multiple of data.pack_tokens. 128 packs of 8,192."""
+    epochs: int = 2
+    """Passes over the data; the horizon of the run unless max_steps is set. magnum-v2-12b: 2."""
+    max_steps: int | None = None
+    """Optimizer steps; overrides epochs. The learning rate's horizon follows it."""
+    loss_norm: str = "tokens"
+    """What the step's loss is a mean over: tokens, sequences, or micro_batch_2024 (mean of means over packs)."""
+    max_grad_norm: float | None = 1.0
+    """Gradients are scaled down to this global L2 norm; null leaves them."""
+    max_skipped_steps: int = 10
+    """Updates refused for a non-finite loss or gradient norm, in the whole run, before it stops with an error."""
+    threads: int | None = None
+    """CPU threads of a process; null shares the host's cores among its processes (torchrun alone sets one)."""
+    deterministic: bool = False
+    """Deterministic kernels, so that a resumed run is bit-identical on a GPU too. CPU runs always are."""
+    collect_garbage_every_steps: int = 100
+    """Python's collector is off and runs on all ranks at these steps: a collection on one stalls them all."""
+
+    def __post_init__(self) -> None:
+        _choice("train.loss_norm", self.loss_norm, ("tokens", "sequences", "micro_batch_2024"))
+        _above("train.tokens_per_step", self.tokens_per_step, 1, equal=True)
+        _above("train.epochs", self.epochs, 1, equal=True)
+        _above("train.max_steps", self.max_steps, 1, equal=True)
+        _above("train.max_grad_norm", self.max_grad_norm, 0)
+        _above("train.max_skipped_steps", self.max_skipped_steps, 0, equal=True)
+        _above("train.threads", self.threads, 1, equal=True)
+        _above("train.collect_garbage_every_steps", self.collect_garbage_every_steps, 1, equal=True)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW, and the learning rate as a function of the step."""
+
+    lr: float = 1e-5
+    """Peak learning rate. Nemo's neighbours used 5e-6 to 1e-5 for full-parameter tuning."""
+    schedule: str = "cosine"
+    """cosine, linear, constant, or wsd (warm-up, stable, linear decay)."""
+    warmup_ratio: float = 0.03
+    """Share of all steps in which the rate rises linearly from near zero."""
+    min_lr_ratio: float = 0.1
+    """The rate at the last step, as a share of the peak (cosine, linear, wsd)."""
+    decay_ratio: float = 0.2
+    """Share of all steps in which wsd decays; read by wsd alone."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment; below Adam's 0.999 since runs are short."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.0
+    """Decoupled decay, per unit of learning rate. Short fine-tunes seldom gain from it."""
+    decay_all: bool = False
+    """Decay norms and embeddings too; they are spared otherwise."""
+
+    def __post_init__(self) -> None:
+        _choice("optim.schedule", self.schedule, ("cosine", "linear", "constant", "wsd"))
+        _above("optim.lr", self.lr, 0)
+        _above("optim.eps", self.eps, 0)
+        _above("optim.weight_decay", self.weight_decay, 0, equal=True)
+        for name in ("warmup_ratio", "min_lr_ratio", "decay_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"optim.{name}", str(getattr(self, name)), "a share from 0 to 1")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"optim.{name}", str(getattr(self, name)), "from 0 to below 1")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the model lies on the ranks."""
+
+    replicate: int = 1
+    """Copies of the sharded model; ranks = replicate x shard. 1 shards over all ranks."""
+    activation_checkpointing: str = "none"
+    """none keeps all activations; full keeps each block's input and computes the block again in backward."""
+    reshard_after_forward: bool = True
+    """Free a block's gathered weights after its forward; false trades memory for one all-gather less."""
+
+    def __post_init__(self) -> None:
+        _choice("parallel.activation_checkpointing", self.activation_checkpointing, ("none", "full"))
+        _above("parallel.replicate", self.replicate, 1, equal=True)
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Validation loss, per source, over a fixed set of packs."""
+
+    every_steps: int | None = 50
+    """Steps between validations; there is one at the end as well. null: never."""
+
+    def __post_init__(self) -> None:
+        _above("validation.every_steps", self.every_steps, 1, equal=True)
+
+
+@dataclass(frozen=True)
+class SamplesConfig:
+    """Replies to fixed prompts in the course of training, shown as text in TensorBoard."""
+
+    every_steps: int | None = None
+    """Steps between samples; there is one at the end as well. null: never."""
+    prompts: str = "shipped:held_out.jsonl"
+    """JSONL of {"prompt": …, "system": …}; `shipped:` names a file that comes with the project."""
+    max_prompts: int = 3
+    """How many of the file's prompts are answered."""
+    max_new_tokens: int = 96
+    """Longest reply, in tokens."""
+    temperature: float = 0.0
+    """0 takes the likeliest token."""
+
+    def __post_init__(self) -> None:
+        _above("samples.every_steps", self.every_steps, 1, equal=True)
+        _above("samples.max_prompts", self.max_prompts, 1, equal=True)
+        _above("samples.max_new_tokens", self.max_new_tokens, 1, equal=True)
+        _above("samples.temperature", self.temperature, 0, equal=True)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the run is saved."""
+
+    every_steps: int = 200
+    """Steps between checkpoints; there is one at the end as well."""
+    keep_last: int | None = 3
+    """Newest checkpoints that stay; null keeps all."""
+
+    def __post_init__(self) -> None:
+        _above("checkpoint.every_steps", self.every_steps, 1, equal=True)
+        _above("checkpoint.keep_last", self.keep_last, 1, equal=True)
+
+
+@dataclass(frozen=True)
+class MetricsConfig:
+    """What is measured beside the loss."""
+
+    peak_tflops: float | None = None
+    """Peak of one device, TFLOP/s, for MFU; null takes the known peak of the GPU, and leaves MFU null elsewhere."""
+
+    def __post_init__(self) -> None:
+        _above("metrics.peak_tflops", self.peak_tflops, 0)
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """A closer look at chosen steps."""
+
+    steps: list[int] = field(default_factory=list)
+    """Steps whose profiler trace (and, on a GPU, memory snapshot) rank 0 writes to the run's profile folder."""
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """The process group."""
+
+    timeout_seconds: int = 600
+    """Longest wait of a collective before the process group gives up."""
+
+    def __post_init__(self) -> None:
+        _above("distributed.timeout_seconds", self.timeout_seconds, 1, equal=True)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All settings of a run."""
+
+    run_dir: str | None = None
+    """The run's folder; null makes it from the experiment's name and the overrides, under runs/."""
+    seed: int = 1
+    """Seeds initial weights, the order of data and the packing, each by a stream of its own."""
+    precision: str = "auto"
+    """float32, or bf16_mixed: float32 masters and moments, bf16 compute. auto: bf16_mixed on a GPU, else float32."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: StepConfig = field(default_factory=StepConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+
+    def __post_init__(self) -> None:
+        _choice("precision", self.precision, ("auto", "float32", "bf16_mixed"))
+        if self.train.tokens_per_step % self.data.pack_tokens:
+            raise ConfigError(
+                "train.tokens_per_step",
+                f"{self.train.tokens_per_step:,}",
+                f"a multiple of data.pack_tokens = {self.data.pack_tokens:,}",
+                f"Try train.tokens_per_step={-(-self.train.tokens_per_step // self.data.pack_tokens) * self.data.pack_tokens}.",
+            )
+
+    @property
+    def packs_per_step(self) -> int:
+        """Packs of a full step, over all ranks."""
+        return self.train.tokens_per_step // self.data.pack_tokens
+
+
+@dataclass(frozen=True)
+class ChatConfig:
+    """Settings of `python -m magnum_train.chat`."""
+
+    weights: str = MISSING
+    """A run's folder, RUN, or RUN@200 for the checkpoint of step 200."""
+    prompt: str | None = None
+    """One user message."""
+    system: str | None = None
+    """System message that goes before `prompt`."""
+    prompts: str | None = None
+    """JSONL of {"prompt": …, "system": …}, answered one by one; `shipped:` names a file of the project."""
+    max_prompts: int | None = None
+    """How many of the file's prompts are answered; null answers all."""
+    max_new_tokens: int = 256
+    """Longest reply, in tokens."""
+    temperature: float = 0.0
+    """0 takes the likeliest token; 1 samples from the model's own distribution."""
+    top_p: float = 1.0
+    """Samples from the smallest set of tokens that holds this much probability."""
+    seed: int = 1
+    """Seed of the sampling."""
+
+    def __post_init__(self) -> None:
+        _above("max_new_tokens", self.max_new_tokens, 1, equal=True)
+        _above("temperature", self.temperature, 0, equal=True)
+        if not 0 < self.top_p <= 1:
+            raise ConfigError("top_p", str(self.top_p), "more than 0 and at most 1")
+        if (self.prompt is None) == (self.prompts is None):
+            raise ConfigError(
+                "prompt",
+                "both or neither of prompt and prompts",
+                "one of them",
+                'Give prompt="…" or prompts=FILE.',
+            )
+
+
+RESUMABLE = (
+    "run_dir", "model.attention", "data.prepared_dir", "data.max_loss_share", "data.sources.*.path", "data.sources.*.validation_path",
+    "tokenizer.path", "train.max_steps", "train.epochs", "train.max_skipped_steps", "train.threads",
+    "train.collect_garbage_every_steps", "parallel.*", "validation.*", "samples.*", "checkpoint.*", "metrics.*",
+    "profile.*", "distributed.*",
+)  # fmt: skip
+"""Settings that may differ when a run is resumed. Data and tokenizer are compared by content; files may move."""
+
+_ALIASES = {
+    "learning_rate": "optim.lr", "lr": "optim.lr", "weight_decay": "optim.weight_decay",
+    "lr_scheduler": "optim.schedule", "lr_scheduler_type": "optim.schedule", "scheduler": "optim.schedule",
+    "warmup_steps": "optim.warmup_ratio", "warmup_ratio": "optim.warmup_ratio", "warmup": "optim.warmup_ratio",
+    "min_lr": "optim.min_lr_ratio", "adam_beta1": "optim.beta1", "adam_beta2": "optim.beta2",
+    "num_epochs": "train.epochs", "num_train_epochs": "train.epochs", "epochs": "train.epochs",
+    "max_steps": "train.max_steps", "steps": "train.max_steps",
+    "micro_batch_size": "train.tokens_per_step", "batch_size": "train.tokens_per_step",
+    "per_device_train_batch_size": "train.tokens_per_step", "global_batch_size": "train.tokens_per_step",
+    "gradient_accumulation_steps": "train.tokens_per_step",
+    "sequence_len": "data.pack_tokens", "max_seq_length": "data.pack_tokens", "max_length": "data.pack_tokens",
+    "seq_len": "data.pack_tokens", "context_length": "data.pack_tokens",
+    "output_dir": "run_dir", "save_dir": "run_dir", "dataset": "data.sources", "datasets": "data.sources",
+    "max_grad_norm": "train.max_grad_norm", "gradient_clipping": "train.max_grad_norm",
+    "save_steps": "checkpoint.every_steps", "save_total_limit": "checkpoint.keep_last",
+    "eval_steps": "validation.every_steps", "gradient_checkpointing": "parallel.activation_checkpointing",
+    "bf16": "precision", "dtype": "precision", "attn_implementation": "model.attention",
+    "flash_attention": "model.attention", "base_model": "model", "dataset_prepared_path": "data.prepared_dir",
+}  # fmt: skip
+"""What people know a setting as from other trainers."""
+
+
+def setting_keys(schema: type) -> Iterator[str]:
+    """Every dotted key of a schema, a source's own keys under `data.sources.NAME`."""
+    hints = get_type_hints(schema)
+    for f in dataclasses.fields(schema):
+        kind = hints[f.name]
+        yield f.name
+        if dataclasses.is_dataclass(kind):
+            yield from (f"{f.name}.{key}" for key in setting_keys(cast(type, kind)))
+        for inner in get_args(kind):
+            if dataclasses.is_dataclass(inner):
+                yield from (f"{f.name}.NAME.{key}" for key in setting_keys(cast(type, inner)))
+
+
+def nearest_keys(unknown: str, schema: type) -> list[str]:
+    """The settings that the writer of an unknown key may have meant, likeliest first."""
+    keys = list(setting_keys(schema))
+    last = unknown.rsplit(".", 1)[-1]
+    found = [_ALIASES[name] for name in (unknown, last) if _ALIASES.get(name) in keys]
+    found += [key for key in keys if key.rsplit(".", 1)[-1] == last]
+    found += difflib.get_close_matches(unknown, keys, n=3, cutoff=0.6)
+    by_last = {key.rsplit(".", 1)[-1]: key for key in keys}
+    found += [by_last[name] for name in difflib.get_close_matches(last, by_last, n=2, cutoff=0.75)]
+    return list(dict.fromkeys(found))[:3]
+
+
+def _unknown(key: str, schema: type) -> ConfigError:
+    """The answer to a key that no setting has."""
+    near = nearest_keys(key, schema)
+    remedy = f"Did you mean {' or '.join(near)}?" if near else ""
+    return ConfigError(key, "an unknown setting", "one of the settings in magnum_train/config.py", remedy)
+
+
+def _as_user_error(error: Exception, schema: type) -> ValueError | None:
+    """Hydra's and OmegaConf's complaint about a setting, in our form; None where it is not about one."""
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    ours = next((e for e in chain if isinstance(e, (UserError, DataError))), None)
+    if ours is not None:
+        return ours
+    if not isinstance(error, (HydraException, OmegaConfBaseException)):
+        return None
+    text = "\n".join(str(e) for e in chain)
+    omega = next((e for e in chain if isinstance(e, OmegaConfBaseException)), None)
+    key = str(getattr(omega, "full_key", None) or "")
+    unknown = re.search(r"Key '([^']+)' (?:is )?not in|Could not override '([^']+)'", text)
+    if unknown and "could not be converted" not in text:
+        key = key or next(name for name in unknown.groups() if name)
+        return _unknown(key, schema)
+    if "could not be converted" in text or "Incompatible value" in text or "Invalid type" in text:
+        return ConfigError(key or "setting", str(omega).splitlines()[0], "a value of the setting's type")
+    if "Missing mandatory value" in text:
+        return ConfigError(key, "nothing", "a value", f"Add {key}=… to the command line.")
+    first = str(error).strip().splitlines()
+    return ConfigError("command line", " ".join(first[:3]), "an override that Hydra can read (key=value)")
+
+
+@functools.cache
+def _composable(schema: type) -> type:
+    """A frozen schema without its freeze: OmegaConf would make frozen nodes read-only, and compose nothing."""
+    hints, fields = get_type_hints(schema), []
+    for f in dataclasses.fields(schema):
+        kind, default = hints[f.name], {"default": f.default, "default_factory": f.default_factory}
+        if dataclasses.is_dataclass(kind):
+            kind = _composable(cast(type, kind))
+            default["default_factory"] = kind
+        elif dataclasses.is_dataclass(inner := (get_args(kind) or (None,))[-1]):
+            kind = dict[str, Any]  # Hydra cannot add to a typed one key by key; `_entry` checks instead
+        fields.append((f.name, kind, field(**default)))
+    return dataclasses.make_dataclass(schema.__name__, fields)
+
+
+def _freeze(kind: Any, value: Any, place: str = "", root: type | None = None) -> Any:
+    """Plain containers, as composed, to the frozen objects of a schema, which check themselves."""
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        hints, root = get_type_hints(kind), root or cast(type, kind)
+        for name in value.keys() - hints.keys():  # a + on the command line adds any key
+            raise _unknown(f"{place}{name}", root)
+        return cast(type, kind)(
+            **{k: _freeze(hints[k], inner, f"{place}{k}.", root) for k, inner in value.items()}
+        )
+    entry = (get_args(kind) or (None,))[-1]
+    if isinstance(value, dict) and dataclasses.is_dataclass(entry):
+        return {name: _entry(cast(type, entry), inner, f"{place}{name}") for name, inner in value.items()}
+    return value
+
+
+def _entry(schema: type, value: Any, place: str) -> Any:
+    """One entry of a map by name, checked against its schema."""
+    try:
+        node = OmegaConf.merge(OmegaConf.structured(_composable(schema)), value or {})
+        return _frozen(schema, node)
+    except OmegaConfBaseException as error:
+        error.full_key = f"{place}.{error.full_key}" if error.full_key else place
+        raise
+
+
+def _frozen(schema: type[Schema], node: Any) -> Schema:
+    return cast(Schema, _freeze(schema, OmegaConf.to_container(node, resolve=True, throw_on_missing=True)))
+
+
+def register() -> None:
+    """Store the schemas so that `conf/*.yaml` can name them."""
+    for name, schema in (("train_schema", TrainConfig), ("chat_schema", ChatConfig)):
+        ConfigStore.instance().store(name=name, node=_composable(schema))
+
+
+def _overrides(line: list[str]) -> list[str]:
+    """A command line on which a key of a source is set the same way whether the files name it or not."""
+    return [re.sub(r"^\+*(?=data\.sources\.[^.=]+\.)", "++", word) for word in line]
+
+
+def default_run_dir(experiment: str | None, overrides: list[str]) -> str:
+    """`runs/`, the experiment's name, and a suffix from the overrides that is equal on all ranks.
+
+    The suffix names the changed settings in short and ends in four digits of a digest of all of them, so that
+    two lines share a folder only if they ask for the same run.
+    """
+    kept = sorted(o.lstrip("+") for o in overrides if not re.match(r"\+*(experiment|run_dir|hydra[./])", o))
+    name = experiment or "run"
+    if not kept:
+        return f"runs/{name}"
+    short = ",".join(o.split("=", 1)[0].rsplit(".", 1)[-1] + "=" + o.split("=", 1)[-1] for o in kept)
+    short = re.sub(r"[^A-Za-z0-9.=_~,+-]", "_", short)[:40]
+    return f"runs/{name}-{short}-{hashlib.sha256(chr(10).join(kept).encode()).hexdigest()[:4]}"
+
+
+def verb(run: Callable[[Schema], None], schema: type[Schema], config_name: str) -> None:
+    """Run a program under Hydra: compose, turn into frozen objects, call, and end as users expect.
+
+    Args:
+        run: Takes the composed configuration.
+        schema: Its type, a frozen dataclass of this file.
+        config_name: The root file in `conf/`.
+
+    A `UserError` ends in its message on rank 0 and status 2 on all; anything else in a traceback and status 1.
+    """
+    register()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors to us instead of printing them its own way
+
+    def job(node: DictConfig) -> None:
+        # Hydra would note an error, go on with a sweep's next job and raise at its end; the other ranks of a
+        # failed job would wait for it meanwhile. So a job that fails ends the process here.
+        try:
+            config = _frozen(schema, node)
+            if isinstance(config, TrainConfig) and config.run_dir is None:
+                choices, overrides = HydraConfig.get().runtime.choices, HydraConfig.get().overrides.task
+                folder = default_run_dir(choices.get("experiment"), list(overrides))
+                config = cast(Schema, dataclasses.replace(config, run_dir=folder))
+            run(config)
+        except (Exception, KeyboardInterrupt) as error:
+            _end(error, schema)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        # Hydra wants to write a sweep's folder on every rank; ours are the run folders, so it gets a scratch one.
+        sys.argv[1:] = [*_overrides(sys.argv[1:]), f"hydra.sweep.dir={scratch}"]
+        try:
+            hydra.main(config_path=str(CONF), config_name=config_name, version_base="1.3")(job)()
+        except Exception as error:
+            _end(error, schema)
+
+
+def _end(error: BaseException, schema: type) -> None:
+    """Say what went wrong, once, and leave with the status that fits."""
+    if isinstance(error, KeyboardInterrupt):
+        if launch().rank == 0:
+            print("\ninterrupted; the same command goes on where it can", file=sys.stderr)
+        raise SystemExit(130) from None
+    known = _as_user_error(error, schema) if isinstance(error, Exception) else None
+    if known is None:
+        traceback.print_exception(error)
+        raise SystemExit(1) from None
+    if launch().rank == 0 or isinstance(known, HostError):
+        print(f"error: {known}", file=sys.stderr)
+    raise SystemExit(2) from None
+
+
+def compose(overrides: list[str]) -> TrainConfig:
+    """The training configuration for a list of overrides, for programs and tests that have no command line."""
+    register()
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        try:
+            return _frozen(TrainConfig, hydra.compose("config", overrides=_overrides(overrides)))
+        except Exception as error:
+            known = _as_user_error(error, TrainConfig)
+            if known is None:
+                raise
+            raise known from error
+
+
+def to_yaml(config: Any) -> str:
+    """A configuration as YAML text, complete."""
+    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+
+
+def from_yaml(path: Path) -> TrainConfig:
+    """A run's recorded configuration; settings that have since been added take their defaults."""
+    return _frozen(
+        TrainConfig, OmegaConf.merge(OmegaConf.structured(_composable(TrainConfig)), OmegaConf.load(path))
+    )
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted key to value, for comparing two configurations and for TensorBoard's table."""
+    out: dict[str, Any] = {}
+    items = config.items() if isinstance(config, dict) else vars(config).items()
+    for name, value in items:
+        if dataclasses.is_dataclass(value) or isinstance(value, dict):
+            out |= flat(value, f"{prefix}{name}.")
+        else:
+            out[f"{prefix}{name}"] = value
+    return out
+
+
+def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """Settings that differ and may not when a run is resumed: key to (recorded, asked)."""
+    a, b = flat(old), flat(new)
+    free = [re.compile(re.escape(pattern).replace(r"\*", ".*") + "$") for pattern in RESUMABLE]
+    return {
+        key: (a.get(key), b.get(key))
+        for key in sorted(a.keys() | b.keys())
+        if a.get(key) != b.get(key) and not any(pattern.match(key) for pattern in free)
+    }

@@ -1,0 +1,30 @@
+"""The exceptions whose message is meant for the user. Knows nothing of the rest of the program."""
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend; printed as one message without a traceback, exit status 2.
+
+    Args:
+        place: Where: a configuration key, a file and row, a folder.
+        found: What stands there.
+        expected: What would have been right.
+        remedy: What to do about it; may be empty where `expected` says it.
+    """
+
+    def __init__(self, place: str, found: str, expected: str, remedy: str = "") -> None:
+        self.place, self.found, self.expected, self.remedy = place, found, expected, remedy
+        super().__init__(
+            f"{place}: found {found}; expected {expected}." + (f"\n  {remedy}" if remedy else "")
+        )
+
+
+class ConfigError(UserError):
+    """A setting that is unknown, of the wrong type, out of range, or at odds with another."""
+
+
+class CheckpointError(UserError):
+    """A run folder or checkpoint that cannot be used as asked."""
+
+
+class RunError(UserError):
+    """A run that stops because its own rules say so, such as too many refused updates."""

@@ -1,0 +1,196 @@
+"""What a step cost and gave, to metrics.jsonl, TensorBoard and the terminal.
+
+`metrics.jsonl` is the record; TensorBoard's curves are made from its rows and nothing else. So on resume the record
+is cut back to the checkpoint's step and the curves are written anew from it: every step stands once in both.
+"""
+
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0}
+"""Dense bf16 peak of one device by a part of its name, TFLOP/s (NVIDIA's data sheets, SXM forms, no sparsity)."""
+
+
+def peak_flops(device: torch.device, configured_tflops: float | None) -> float | None:
+    """Peak FLOP/s of a device: as configured, else as known for the GPU, else None."""
+    if configured_tflops is not None:
+        return configured_tflops * 1e12
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak * 1e12 for part, peak in PEAK_TFLOPS.items() if part in name), None)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory that this rank has held: GPU allocations, or the process's resident set on CPU, GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes there and KiB here
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def rows(file: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a metrics.jsonl."""
+    with file.open() as lines:
+        yield from map(json.loads, lines)
+
+
+def cut_back(file: Path, step: int) -> None:
+    """Drop the rows after a step, and a last one that was cut short when the process died."""
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text().splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            break  # only the last line can be torn, since rows are appended whole and in order
+        if row["step"] <= step:
+            kept.append(line if line.endswith("\n") else line + "\n")
+    aside = file.with_suffix(".tmp")
+    aside.write_text("".join(kept))
+    aside.replace(file)
+
+
+class Metrics:
+    """The record of a run, written by rank 0 alone; on other ranks every method does nothing.
+
+    Args:
+        run_dir: The run's folder.
+        step: Steps done before; later rows of an earlier start are dropped.
+        config_text: The resolved configuration, shown as text.
+        settings: Dotted key to value, for TensorBoard's table of runs.
+        is_main: Whether this is rank 0.
+    """
+
+    def __init__(
+        self, run_dir: Path, step: int, config_text: str, settings: dict[str, Any], *, is_main: bool
+    ) -> None:
+        self._file: TextIO | None = None
+        if not is_main:
+            return
+        from torch.utils.tensorboard import SummaryWriter  # 2.6 s; only rank 0 pays
+
+        path = run_dir / "metrics.jsonl"
+        cut_back(path, step)
+        shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
+        self._writer = SummaryWriter(run_dir / "tensorboard")  # type: ignore[no-untyped-call]
+        self._table(settings)
+        self._writer.add_text("config", f"```yaml\n{config_text}\n```")  # type: ignore[no-untyped-call]
+        if path.exists():
+            for row in rows(path):
+                self._draw(row)
+        self._file = path.open("a")
+
+    def _table(self, settings: dict[str, Any]) -> None:
+        from torch.utils.tensorboard.summary import hparams
+
+        values = {key: v if isinstance(v, (bool, int, float)) else str(v) for key, v in settings.items()}
+        for summary in hparams(values, {"train/loss": None, "validation/loss": None}):  # type: ignore[no-untyped-call]
+            self._writer.file_writer.add_summary(summary)  # type: ignore[union-attr]
+
+    def _draw(self, row: dict[str, Any]) -> None:
+        """Put one row's numbers and texts on the curves, at the time that it bears."""
+        step, when = row["step"], row["time"]
+        if "reply" in row:
+            text = f"**{row['prompt']}**\n\n{row['reply']}"
+            self._writer.add_text(f"samples/{row['sample']}", text, step, when)  # type: ignore[no-untyped-call]
+            return
+        kind = "validation" if "validation_loss" in row else "train"
+        for key, value in row.items():
+            name = key.removeprefix("validation_")
+            parts = {f"{name}/{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
+            for part, number in parts.items():
+                if (
+                    part not in ("step", "time")
+                    and isinstance(number, (int, float))
+                    and not isinstance(number, bool)
+                ):
+                    self._writer.add_scalar(f"{kind}/{part}", number, step, when)  # type: ignore[no-untyped-call]
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Record one row with the time, in seconds since 1970; numbers that are not finite are recorded as null, since JSON has none."""
+        if self._file is None:
+            return
+        row = {"time": time.time()} | row
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.flush()
+        self._draw(row)
+
+    def sync(self) -> None:
+        """Have every row on disk, before a checkpoint that follows them becomes visible."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+            self._writer.flush()  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        """End the record."""
+        if self._file is not None:
+            self.sync()
+            self._file.close()
+            self._writer.close()  # type: ignore[no-untyped-call]
+
+
+class Terminal:
+    """What a person sees of a run: lines, and a live bar where there is a terminal. Rank 0 alone speaks."""
+
+    def __init__(self, *, is_main: bool) -> None:
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=not is_main)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not (is_main and self._console.is_terminal),
+        )
+        self._task: Any = None
+        self._total = 0
+
+    def say(self, text: str) -> None:
+        """Print text as it is, above the bar."""
+        self._console.print(text, markup=False)
+
+    def begin(self, step: int, total: int) -> None:
+        """Show the bar at a step."""
+        self._total = total
+        self._task = self._progress.add_task("training", completed=step, total=total, loss="–", speed="–")
+        self._progress.start()
+
+    def step(self, row: dict[str, Any], seconds_left: float) -> None:
+        """Show one step; without a terminal a line for about every fiftieth part of the run."""
+        loss = f"{row['loss']:.4f}" if row["applied"] else "not finite, update refused"
+        speed = f"{row['tokens_per_second']:,.0f}"
+        self._progress.update(self._task, completed=row["step"], loss=loss, speed=speed)
+        every = max(1, self._total // 50)
+        if self._progress.disable and (row["step"] % every == 0 or row["step"] == self._total):
+            left = f"{int(seconds_left) // 60}:{int(seconds_left) % 60:02d}"
+            self.say(f"step {row['step']}/{self._total}  loss {loss}  {speed} tokens/s  {left} left")
+
+    def end(self) -> None:
+        """Take the bar down."""
+        self._progress.stop()

@@ -1,0 +1,434 @@
+"""A run's table of contents: compose, build, loop.
+
+    torchrun --nproc-per-node 8 -m magnum_train.train experiment=magnum_v2_12b
+
+Read `train` for the order of things and `loop` for what happens at a step.
+"""
+
+import contextlib
+import gc
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.profiler import profile
+
+from data.chatml import encode_prompt
+from data.loader import Loader, Schedule, StepData
+from data.prepared import Prepared, open_prepared
+from magnum_train import checkpoint, config, distributed, metrics
+from magnum_train.chat import Prompt, read_prompts, reply_text
+from magnum_train.checkpoint import TrainState
+from magnum_train.config import TrainConfig
+from magnum_train.distributed import HostError, Ranks
+from magnum_train.environment import environment
+from magnum_train.errors import CheckpointError, ConfigError, RunError
+from magnum_train.optim import build_optimizer, learning_rate
+from magnum_train.parallelize import build, measured_dtypes
+from magnum_train.prepare import prepare_data
+from magnum_train.step import forward, losses_by_source, train_step
+from model import Transformer
+from model.attention import choose_backend
+from model.flops import parameter_count, train_flops
+from model.generate import generate
+
+
+def train(settings: TrainConfig) -> None:
+    """Train as configured, or go on where an earlier start of the same run stopped."""
+    with distributed.start(
+        timeout_seconds=settings.distributed.timeout_seconds,
+        replicate=settings.parallel.replicate,
+        threads=settings.train.threads,
+        deterministic=settings.train.deterministic,
+    ) as ranks:
+        terminal = metrics.Terminal(is_main=ranks.is_main)
+        folder = ranks.once(
+            "prepare", lambda: str(prepare_data(settings, terminal.say).folder), per_host=True
+        )
+        prepared = open_prepared(folder)
+        first = ranks.once("prepared key", lambda: prepared.key)
+        if prepared.key != first:
+            raise HostError(folder, f"prepared data {prepared.key}", f"{first}, as on rank 0's host")
+        run = assemble(settings, prepared, ranks, terminal)
+        total = run.loader.schedule.total_steps
+        if run.state.step >= total:
+            terminal.say(f"{run.run_dir} is complete: {run.state.step} of {total} steps")
+            return
+        with run.recording() as record:
+            loop(run, record)
+        terminal.say(f"done: {run.run_dir}")
+
+
+@dataclass
+class Run:
+    """Everything that the loop works with. `state` alone changes."""
+
+    settings: TrainConfig
+    ranks: Ranks
+    terminal: metrics.Terminal
+    run_dir: Path
+    prepared: Prepared
+    loader: Loader
+    model: Transformer
+    optimizer: torch.optim.Optimizer
+    prompts: list[Prompt]
+    state: TrainState
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[metrics.Metrics]:
+        """The run's record, cut back to the step it goes on from; closed whatever happens."""
+        text, table = config.to_yaml(self.settings), config.flat(self.settings)
+        record = metrics.Metrics(self.run_dir, self.state.step, text, table, is_main=self.ranks.is_main)
+        try:
+            yield record
+        finally:
+            record.close()
+
+
+def assemble(settings: TrainConfig, prepared: Prepared, ranks: Ranks, terminal: metrics.Terminal) -> Run:
+    """Check what can be checked before the first step, build the parts, load the newest checkpoint."""
+    assert settings.run_dir is not None
+    run_dir, model_config = Path(settings.run_dir), settings.model.transformer()
+    if prepared.tokenizer.vocab_size > model_config.vocab_size:
+        raise ConfigError(
+            "model.vocab_size",
+            f"{model_config.vocab_size:,}",
+            f"at least the tokenizer's {prepared.tokenizer.vocab_size:,}",
+        )
+    schedule = Schedule(
+        prepared.train.lengths,
+        pack_tokens=settings.data.pack_tokens,
+        pack_documents=settings.data.pack_documents,
+        packs_per_step=divisible(settings.packs_per_step, ranks.world_size, settings.data.pack_tokens),
+        seed=settings.seed,
+        epochs=settings.train.epochs if settings.train.max_steps is None else None,
+        max_steps=settings.train.max_steps,
+    )
+    loader = Loader(
+        prepared.train, prepared.validation, len(prepared.sources), schedule, settings.train.loss_norm
+    )
+    prompts = []
+    if settings.samples.every_steps is not None:
+        prompts = read_prompts(settings.samples.prompts, settings.samples.max_prompts, "samples.prompts")
+
+    newest = int(ranks.once("resume", lambda: str(max(checkpoint.steps(run_dir), default=0))))
+    recorded = checkpoint.read_state(checkpoint.path_of(run_dir, newest)) if newest else None
+    if recorded is not None and recorded.data_key != prepared.key:
+        raise CheckpointError(
+            str(run_dir), f"a run on prepared data {recorded.data_key}", f"prepared data {prepared.key}",
+            "The conversations, the tokenizer or a data setting changed: choose another run_dir.",
+        )  # fmt: skip
+    compute_dtype = torch.bfloat16 if bf16_compute(settings.precision, ranks.device) else torch.float32
+    attention = attention_backend(settings.model.attention, recorded, ranks.device.type, compute_dtype)
+    ranks.once("run_dir", lambda: open_run_dir(settings, prepared, ranks, resuming=recorded is not None))
+
+    terminal.say(prepared.ledger.render())
+    terminal.say(plan_text(settings, schedule, prepared, ranks))
+    terminal.say(
+        f"{parameter_count(model_config):,} parameters, attention {attention}, compute in {name_of(compute_dtype)}, "
+        f"torch {torch.__version__}, {ranks.device.type}"
+    )
+    model = build(
+        model_config,
+        attention_backend=attention,
+        mesh=ranks.mesh,
+        device=ranks.device,
+        compute_dtype=compute_dtype,
+        activation_checkpointing=settings.parallel.activation_checkpointing,
+        reshard_after_forward=settings.parallel.reshard_after_forward,
+        seed=settings.seed,
+    )
+    optimizer = build_optimizer(model, settings.optim)
+    state = TrainState(step=0, refused=[], data_key=prepared.key)
+    if newest:
+        state = checkpoint.load(checkpoint.path_of(run_dir, newest), model, optimizer)
+        terminal.say(f"resuming {run_dir} after step {newest}")
+    state = replace(state, choices={"attention": attention})
+    return Run(settings, ranks, terminal, run_dir, prepared, loader, model, optimizer, prompts, state)
+
+
+def attention_backend(wanted: str, recorded: TrainState | None, device_type: str, dtype: torch.dtype) -> str:
+    """The kernel to use: as set; where that is auto, the one that the run began with, if it runs here too.
+
+    Raises:
+        ConfigError: If the kernel that is asked for does not run here.
+    """
+    if wanted == "auto" and recorded is not None:
+        with contextlib.suppress(ValueError):  # the run has moved to another kind of machine
+            return choose_backend(recorded.choices["attention"], device_type, dtype)
+    try:
+        return choose_backend(wanted, device_type, dtype)
+    except ValueError as error:
+        raise ConfigError("model.attention", wanted, "a kernel that runs here", str(error)) from error
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """A dtype's bare name."""
+    return str(dtype).removeprefix("torch.")
+
+
+def divisible(packs: int, world_size: int, pack_tokens: int) -> int:
+    """The packs of a step, if every rank gets as many of them.
+
+    Raises:
+        ConfigError: If the ranks do not divide them; names the nearest batch that would do.
+    """
+    if packs % world_size:
+        above = -(-packs // world_size) * world_size * pack_tokens
+        raise ConfigError(
+            "train.tokens_per_step", f"{packs} packs of {pack_tokens:,} on {world_size} ranks",
+            "a number of packs that the ranks divide", f"Try train.tokens_per_step={above}.",
+        )  # fmt: skip
+    return packs
+
+
+def bf16_compute(precision: str, device: torch.device) -> bool:
+    """Whether gathered weights and activations are bf16."""
+    return precision == "bf16_mixed" or (precision == "auto" and device.type == "cuda")
+
+
+def open_run_dir(settings: TrainConfig, prepared: Prepared, ranks: Ranks, *, resuming: bool) -> str:
+    """Make the run's folder, or make sure that it holds this very run. Rank 0 alone.
+
+    Where there is no checkpoint yet, nothing hangs on the settings of the earlier start, and new ones replace them.
+    """
+    assert settings.run_dir is not None
+    folder = Path(settings.run_dir)
+    recorded = folder / "config.yaml"
+    if resuming:
+        changed = config.differences(config.from_yaml(recorded), settings)
+        if changed:
+            lines = "; ".join(f"{key} was {old!r}, is now {new!r}" for key, (old, new) in changed.items())
+            raise ConfigError(
+                str(folder), f"a run with other settings ({lines})", "the same settings, or an empty folder",
+                "Choose another run_dir, or set them back.",
+            )  # fmt: skip
+    elif folder.exists() and not recorded.exists() and any(folder.iterdir()):
+        raise ConfigError(
+            "run_dir", f"{folder}, which holds other files", "a run's folder, an empty one or a new one"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write(recorded, config.to_yaml(settings))
+        starts = json.loads(read(folder / "environment.json") or "[]")
+        starts.append(environment(ranks.world_size, ranks.device))
+        write(folder / "environment.json", json.dumps(starts, indent=1))
+        prepared.tokenizer.save(folder / "tokenizer.json")
+    except OSError as error:
+        raise ConfigError("run_dir", f"{folder}: {error.strerror}", "a folder that can be written") from error
+    return "made"
+
+
+def read(file: Path) -> str:
+    """A text file's content; empty where there is none."""
+    return file.read_text() if file.exists() else ""
+
+
+def write(file: Path, text: str) -> None:
+    """Replace a text file as a whole, so that a killed process leaves the old one or the new one."""
+    aside = file.with_name(f".{file.name}.tmp")
+    aside.write_text(text)
+    aside.replace(file)
+
+
+def plan_text(settings: TrainConfig, schedule: Schedule, prepared: Prepared, ranks: Ranks) -> str:
+    """What the settings come to, in the words that people know."""
+    packs, world = settings.packs_per_step, ranks.world_size
+    shard = world // settings.parallel.replicate
+    mesh = (
+        f" ({settings.parallel.replicate} replicas x {shard} shards)"
+        if settings.parallel.replicate > 1
+        else ""
+    )
+    length = "as set" if settings.train.max_steps else f"in {settings.train.epochs} epochs"
+    first = len(schedule.packing(0))
+    fill = prepared.train.lengths.sum() / (first * settings.data.pack_tokens)
+    return (
+        f"{packs} packs of {settings.data.pack_tokens:,} a step = {world} ranks{mesh} x {packs // world} accumulation; "
+        f"{first:,} packs in the first epoch, {fill:.1%} filled; {schedule.total_steps:,} steps {length}"
+    )
+
+
+def loop(run: Run, record: metrics.Metrics) -> None:
+    """Step after step until the last: update, record, validate, answer, save."""
+    settings, total = run.settings, run.loader.schedule.total_steps
+    peak = metrics.peak_flops(run.ranks.device, settings.metrics.peak_tflops)
+    started, first = time.perf_counter(), run.state.step
+    if run.ranks.is_main:
+        metrics.cut_back(run.run_dir / "skipped.jsonl", first)
+    gc.collect()
+    gc.disable()
+    run.terminal.begin(first, total)
+    try:
+        for step in range(first + 1, total + 1):
+            with profiled(run, step):
+                row = one_step(run, step, peak)
+            record.write(row)
+            left = (time.perf_counter() - started) / (step - first) * (total - step)
+            run.terminal.step(row, left)
+            if step == first + 1:
+                run.terminal.say(f"measured: {measured_dtypes(run.model, run.optimizer)}")
+            if due(step, settings.validation.every_steps, total):
+                validate(run, record, step)
+            if due(step, settings.samples.every_steps, total):
+                sample(run, record, step)
+            if due(step, settings.checkpoint.every_steps, total):
+                record.sync()
+                checkpoint.save(
+                    run.run_dir, run.model, run.optimizer, run.state,
+                    keep_last=settings.checkpoint.keep_last, ranks=run.ranks,
+                )  # fmt: skip
+                if run.ranks.is_main:
+                    write_ledger(run)
+            if step % settings.train.collect_garbage_every_steps == 0:
+                gc.collect()
+    finally:
+        run.terminal.end()
+        gc.enable()
+
+
+def write_ledger(run: Run) -> None:
+    """Record where every row went, down to what has been trained; steps whose update was refused trained nothing."""
+    documents, tokens = run.loader.trained(run.state.step)
+    for step in run.state.refused:
+        after, before = run.loader.trained(step), run.loader.trained(step - 1)
+        documents, tokens = documents - after[0] + before[0], tokens - after[1] + before[1]
+    run.prepared.ledger.trained(documents.tolist(), tokens.tolist())
+    write(run.run_dir / "ledger.json", json.dumps(run.prepared.ledger.to_json(), indent=1))
+
+
+def due(step: int, every: int | None, total: int) -> bool:
+    """Whether something that happens every so many steps, and at the end, happens now."""
+    return every is not None and (step % every == 0 or step == total)
+
+
+def one_step(run: Run, step: int, peak: float | None) -> dict[str, object]:
+    """Train one step and say what it gave and cost, as a row of metrics.jsonl."""
+    settings, ranks = run.settings, run.ranks
+    begin = time.perf_counter()
+    data = run.loader.step(step - 1, ranks.rank, ranks.world_size)
+    batches = [batch.to(ranks.device) for batch in data.micro_batches]
+    data_seconds = time.perf_counter() - begin
+    lr = learning_rate(step, run.loader.schedule.total_steps, settings.optim)
+    result = train_step(
+        run.model, run.optimizer, batches,
+        weight_sum=data.weight_sum, n_sources=len(run.prepared.sources), lr=lr,
+        max_grad_norm=settings.train.max_grad_norm,
+    )  # fmt: skip
+    loss, grad_norm, applied = result.loss.item(), result.grad_norm.item(), bool(result.applied.item())
+    seconds = time.perf_counter() - begin
+    run.state = replace(run.state, step=step, refused=run.state.refused + [step] * (not applied))
+    if not applied:
+        refuse(run, data, step, loss, grad_norm)
+    flops = train_flops(settings.model.transformer(), data.lengths.tolist(), data.weighted_tokens)
+    return {
+        "step": step,
+        "epoch": data.epoch + 1,
+        "loss": loss,
+        "grad_norm": grad_norm,
+        "lr": lr,
+        "tokens": data.tokens,
+        "weighted_tokens": data.weighted_tokens,
+        "documents": data.documents,
+        "fill": data.fill,
+        "step_seconds": seconds,
+        "data_seconds": data_seconds,
+        "tokens_per_second": data.tokens / seconds,
+        "mfu": flops / seconds / (peak * ranks.world_size) if peak else None,
+        "peak_memory_gib": metrics.peak_memory_gib(ranks.device),
+        "applied": applied,
+        "loss_by_source": by_source(run, result.source_losses, data),
+    }
+
+
+def by_source(run: Run, sums: torch.Tensor, data: StepData) -> dict[str, float]:
+    """Mean loss of each source that has weight in this step or validation, by name."""
+    pairs = zip(run.prepared.sources, sums.tolist(), data.source_weight_sums.tolist(), strict=True)
+    return {name: total / weight for name, total, weight in pairs if weight > 0 and abs(total) < float("inf")}
+
+
+def refuse(run: Run, data: StepData, step: int, loss: float, grad_norm: float) -> None:
+    """Write down the rows behind a refused update; stop the run when there have been too many.
+
+    Raises:
+        RunError: If `train.max_skipped_steps` is passed.
+    """
+    file = run.run_dir / "skipped.jsonl"
+    if run.ranks.is_main:
+        packs = [[[run.prepared.sources[source], row] for source, row in pack.tolist()] for pack in data.rows]
+        entry = {"step": step, "loss": str(loss), "grad_norm": str(grad_norm), "packs": packs}
+        with file.open("a") as lines:
+            lines.write(json.dumps(entry) + "\n")
+    run.terminal.say(
+        f"step {step}: loss {loss}, gradient norm {grad_norm}; update refused, its rows are in {file}"
+    )
+    if len(run.state.refused) > run.settings.train.max_skipped_steps:
+        raise RunError(
+            "train.max_skipped_steps", f"{len(run.state.refused)} refused updates",
+            f"at most {run.settings.train.max_skipped_steps}", f"Look at the rows in {file}.",
+        )  # fmt: skip
+
+
+@torch.no_grad()
+def validate(run: Run, record: metrics.Metrics, step: int) -> None:
+    """Validation loss, whole and per source, over the same packs every time."""
+    data = run.loader.validation(run.ranks.rank, run.ranks.world_size)
+    if not data.documents:
+        return
+    sums = torch.zeros(len(run.prepared.sources), dtype=torch.float64, device=run.ranks.device)
+    for batch in data.micro_batches:
+        batch = batch.to(run.ranks.device)
+        sums += losses_by_source(forward(run.model, batch), batch, len(run.prepared.sources))
+    distributed.all_reduce_sum(sums)
+    loss = sums.sum().item() / data.weight_sum
+    split = by_source(run, sums, data)
+    record.write({"step": step, "validation_loss": loss, "validation_loss_by_source": split})
+    named = ", ".join(f"{name} {value:.4f}" for name, value in split.items())
+    run.terminal.say(f"step {step}: validation loss {loss:.4f} ({named})")
+
+
+def sample(run: Run, record: metrics.Metrics, step: int) -> None:
+    """Answer the fixed prompts; every rank runs the same forwards, and rank 0's tokens decide when to stop."""
+    options = run.settings.samples
+    for number, prompt in enumerate(run.prompts):
+        ids: list[int] = []
+        # Each rank would stop at an end token of its own; a rank that differs must not leave the others waiting.
+        for token in generate(
+            run.model, encode_prompt(prompt.messages(), run.prepared.tokenizer),
+            max_new_tokens=options.max_new_tokens, temperature=options.temperature, seed=run.settings.seed,
+        ):  # fmt: skip
+            agreed = torch.tensor(token, device=run.ranks.device)
+            dist.broadcast(agreed, src=0)
+            ids.append(int(agreed))
+            if ids[-1] == run.prepared.tokenizer.im_end_id:
+                break
+        text = reply_text(run.prepared.tokenizer, ids)
+        record.write({"step": step, "sample": number, "prompt": prompt.text, "reply": text})
+
+
+@contextlib.contextmanager
+def profiled(run: Run, step: int) -> Iterator[None]:
+    """Write a profiler trace of a chosen step, and on a GPU its memory snapshot, from rank 0."""
+    if step not in run.settings.profile.steps or not run.ranks.is_main:
+        yield
+        return
+    folder = run.run_dir / "profile"
+    folder.mkdir(exist_ok=True)
+    cuda = run.ranks.device.type == "cuda"
+    if cuda:
+        torch.cuda.memory._record_memory_history()
+    with profile(profile_memory=True, record_shapes=True) as trace:
+        yield
+    trace.export_chrome_trace(str(folder / f"step-{step:08d}.trace.json.gz"))
+    if cuda:
+        torch.cuda.memory._dump_snapshot(str(folder / f"step-{step:08d}.memory.pickle"))
+        torch.cuda.memory._record_memory_history(enabled=None)
+    run.terminal.say(f"step {step}: profile in {folder}")
+
+
+if __name__ == "__main__":
+    config.verb(train, TrainConfig, "config")

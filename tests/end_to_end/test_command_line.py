@@ -1,0 +1,161 @@
+"""The programs as a person starts them: what they print, how they end, what they leave behind."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from runs import metrics, overrides, uneven_rows, write_rows
+
+HOME = Path(__file__).parents[2]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+
+
+def program(cwd: Path, *arguments: str, timeout: float = 110) -> subprocess.CompletedProcess[str]:
+    """Run Python in an empty folder with the project importable."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HYDRA", "RANK", "WORLD"))}
+    environment["PYTHONPATH"] = str(HOME)
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout,
+        check=False, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def assert_refused(done: subprocess.CompletedProcess[str], *said: str) -> None:
+    """One message, no traceback, status 2."""
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    assert done.stderr.count("error:") == 1, done.stderr
+    for words in said:
+        assert words in done.stderr, done.stderr
+
+
+def test_a_sweep_over_two_rates_alone_and_under_torchrun_leaves_run_folders_only(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    work = tmp_path / "work"
+    work.mkdir()
+    line = [o for o in overrides(tmp_path, "train.max_steps=2") if not o.startswith("run_dir")]
+    sweep = ["--multirun", *line, "optim.lr=1e-3,2e-3"]
+    alone = program(work, "-m", "magnum_train.train", *sweep)
+    assert alone.returncode == 0, alone.stderr
+    assert [entry.name for entry in work.iterdir()] == ["runs"]
+    folders = sorted((work / "runs").iterdir())
+    assert len(folders) == 2
+    first = {folder.name: metrics(folder)[-1]["lr"] for folder in folders}
+    assert len(set(first.values())) == 2
+    again = program(work, *TORCHRUN, "magnum_train.train", *sweep)
+    assert again.returncode == 0, again.stderr
+    assert again.stderr.count("is complete: 2 of 2 steps") == 2
+
+    other = tmp_path / "other"
+    other.mkdir()
+    ranks = program(other, *TORCHRUN, "magnum_train.train", *sweep)
+    assert ranks.returncode == 0, ranks.stderr
+    assert [entry.name for entry in other.iterdir()] == ["runs"]
+    assert {folder.name: metrics(folder)[-1]["lr"] for folder in (other / "runs").iterdir()} == first
+
+
+def test_a_typo_is_answered_once_under_torchrun_and_nothing_is_written(tmp_path: Path) -> None:
+    done = program(tmp_path, *TORCHRUN, "magnum_train.train", "learning_rate=1e-5")
+    assert done.returncode == 1  # torchrun's own
+    assert done.stderr.count("error: learning_rate: found an unknown setting") == 1
+    assert "Did you mean optim.lr" in done.stderr
+    assert 'File "' not in done.stderr.split("torch.distributed.elastic")[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+BAD_ROWS = {
+    "malformed JSON": ('{"messages": [\n', "rows.jsonl", "line 2"),
+    "not UTF-8": (b'{"messages": [{"role": "user", "content": "\xff\xfe"}]}\n', "rows.jsonl", "UTF-8"),
+    "no such file": (None, "rows.jsonl", "no"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_ROWS)
+def test_a_broken_file_is_refused_with_its_place(fault: str, tmp_path: Path) -> None:
+    content, *said = BAD_ROWS[fault]
+    line = overrides(tmp_path)
+    file = tmp_path / "rows.jsonl"
+    good = json.dumps(uneven_rows(1)[0]) + "\n"
+    if content is None:
+        file.unlink()
+    elif isinstance(content, bytes):
+        file.write_bytes(good.encode() + content)
+    else:
+        file.write_text(good + content)
+    done = program(tmp_path, "-m", "magnum_train.train", *line)
+    assert_refused(done, *said)
+    assert not (tmp_path / "run").exists()
+    assert not any((tmp_path / "prepared").glob("*")) or not any((tmp_path / "prepared").glob("[!.]*"))
+
+
+def test_rows_that_cannot_be_used_stop_a_run_that_would_lose_too_many(tmp_path: Path) -> None:
+    line = overrides(tmp_path)
+    bad = [
+        {"rows": []},
+        {"messages": []},
+        {"messages": [{"role": "wizard", "content": "x"}]},
+        {"messages": [{"role": "user", "content": "nobody answers"}]},
+    ]
+    write_rows(tmp_path / "rows.jsonl", [*uneven_rows(16), *bad])
+    done = program(tmp_path, "-m", "magnum_train.train", *line)
+    assert_refused(done, "data.max_loss_share", "numbers")
+    assert not (tmp_path / "run").exists()
+
+
+def test_rows_that_cannot_be_used_are_accounted_for_and_the_rest_trains(tmp_path: Path) -> None:
+    line = overrides(tmp_path, "data.max_loss_share=0.5", "train.max_steps=2")
+    bad = [
+        {"rows": []},
+        {"messages": []},
+        {"messages": [{"role": "wizard", "content": "x"}]},
+        {"messages": [{"role": "user", "content": "nobody answers"}]},
+    ]
+    write_rows(tmp_path / "rows.jsonl", [*uneven_rows(16), *bad])
+    done = program(tmp_path, "-m", "magnum_train.train", *line)
+    assert done.returncode == 0, done.stderr
+    ledger = json.loads((tmp_path / "run" / "ledger.json").read_text())
+    numbers = ledger["sources"]["numbers"] if "sources" in ledger else ledger["numbers"]
+    text = json.dumps(numbers)
+    assert "invalid" in text
+    [rejects] = (tmp_path / "prepared").glob("*/rejects.jsonl")
+    reasons = [json.loads(row) for row in rejects.read_text().splitlines()]
+    assert len(reasons) == 4
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("important")
+    done = program(tmp_path, "-m", "magnum_train.train", *overrides(tmp_path))
+    assert_refused(done, "run_dir", "which holds other files")
+    assert [entry.name for entry in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+def test_flash_attention_on_a_cpu_is_refused(tmp_path: Path) -> None:
+    done = program(tmp_path, "-m", "magnum_train.train", *overrides(tmp_path, "model.attention=flash_attn"))
+    assert_refused(done, "model.attention", "CUDA")
+
+
+def test_a_prompt_is_answered_from_a_run_and_a_wrong_step_is_named(tmp_path: Path) -> None:
+    line = overrides(
+        tmp_path, "train.max_steps=4", "checkpoint.every_steps=2", "profile.steps=[2]", "samples.every_steps=2",
+        "samples.max_new_tokens=4",
+    )  # fmt: skip
+    done = program(tmp_path, *TORCHRUN, "magnum_train.train", *line)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "run"
+    assert (run / "profile" / "step-00000002.trace.json.gz").stat().st_size > 1000
+    replies = [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
+    assert sum("reply" in row for row in replies) == 6  # three prompts, twice
+    environment = json.loads((run / "environment.json").read_text())[-1]
+    assert environment["world_size"] == 2
+    assert environment["versions"]["torch"]
+    answer = program(
+        tmp_path, "-m", "magnum_train.chat", "weights=run@2", "prompt=Count from 3.", "max_new_tokens=5"
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert "assistant" in answer.stdout
+    wrong = program(tmp_path, "-m", "magnum_train.chat", "weights=run@3", "prompt=Hello", "max_new_tokens=5")
+    assert_refused(wrong, "no checkpoint of run@3", "2, 4")

@@ -1,0 +1,176 @@
+"""Settings: what composes, what is refused, and in which words."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from magnum_train import config
+from magnum_train.config import TrainConfig, compose, differences, nearest_keys, setting_keys
+from magnum_train.errors import ConfigError
+
+EXPERIMENTS = sorted(path.stem for path in (config.CONF / "experiment").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_composes(name: str) -> None:
+    settings = compose([f"experiment={name}", "tokenizer.path=vocabulary.json"])
+    assert settings.model.transformer().n_layers > 0
+    assert settings.packs_per_step > 0
+    assert settings.data.sources
+
+
+def test_the_12b_experiment_is_nemo() -> None:
+    settings = compose(["experiment=magnum_v2_12b", "tokenizer.path=t.json"])
+    assert (settings.model.dim, settings.model.head_dim, settings.model.vocab_size) == (5120, 128, 131072)
+    assert settings.packs_per_step == 128
+    assert settings.train.epochs == 2
+    assert list(settings.data.sources) == ["stheno", "opus_25k", "opus_3k", "writing_struct", "slim_orca"]
+    assert settings.data.sources["slim_orca"].rows == 16000
+
+
+def test_a_mandatory_setting_left_open_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"tokenizer\.path: found nothing"):
+        compose(["experiment=magnum_v2_12b"])
+
+
+def test_what_comes_out_is_frozen() -> None:
+    settings = compose([])
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        settings.optim.lr = 1.0  # type: ignore[misc]
+
+
+def test_sources_are_a_map_by_name() -> None:
+    settings = compose(
+        ["data.sources.facts.rows=100", "~data.sources.talk", "+data.sources.mine.path=my.jsonl"]
+    )
+    assert sorted(settings.data.sources) == ["facts", "mine", "stories"]
+    assert settings.data.sources["facts"].rows == 100
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("optim.lrr", "optim.lr"),
+        ("learning_rate", "optim.lr"),
+        ("num_epochs", "train.epochs"),
+        ("micro_batch_size", "train.tokens_per_step"),
+        ("gradient_accumulation_steps", "train.tokens_per_step"),
+        ("sequence_len", "data.pack_tokens"),
+        ("output_dir", "run_dir"),
+        ("train.learning_rate", "optim.lr"),
+        ("checkpoint.every_step", "checkpoint.every_steps"),
+        ("data.sources.facts.row", "data.sources.NAME.rows"),
+    ],
+)
+def test_an_unknown_key_is_answered_with_the_one_that_was_meant(typed: str, meant: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose([f"{typed}=3"])
+    assert caught.value.place == typed
+    assert meant in caught.value.remedy
+
+
+def test_an_unknown_key_in_a_file_is_refused_as_well(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="sede"):
+        compose(["+sede=4"])
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("optim.lr=fast", "optim.lr"),
+        ("train.epochs=two", "train.epochs"),
+        ("optim.schedule=cosin", "optim.schedule"),
+        ("optim.lr=0", "optim.lr"),
+        ("optim.min_lr_ratio=2", "optim.min_lr_ratio"),
+        ("train.loss_norm=mean", "train.loss_norm"),
+        ("train.tokens_per_step=1000", "train.tokens_per_step"),
+        ("data.pack_documents=0", "data.pack_documents"),
+        ("precision=fp16", "precision"),
+        ("experiment=dmo", "command line"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_its_key(override: str, key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose([override])
+    assert caught.value.place == key
+    assert "Traceback" not in str(caught.value)
+
+
+def test_an_impossible_architecture_is_refused() -> None:
+    with pytest.raises(ConfigError, match="n_kv_heads"):
+        compose(["model.n_kv_heads=3"]).model.transformer()
+
+
+def test_every_alias_names_a_setting_that_exists() -> None:
+    keys = set(setting_keys(TrainConfig))
+    assert set(config._ALIASES.values()) <= keys
+
+
+def test_every_setting_is_read_by_something() -> None:
+    home = Path(config.__file__).parents[1]
+    sources = [p for folder in ("magnum_train", "data", "model") for p in (home / folder).glob("*.py")]
+    text = "\n".join(p.read_text() for p in sources)
+    for key in setting_keys(TrainConfig):
+        name = key.rsplit(".", 1)[-1]
+        reads = re.findall(rf"\.{name}\b(?!\s*:)", text)
+        assert reads, f"no code reads {key}"
+
+
+def test_every_setting_has_its_reason() -> None:
+    text = Path(config.__file__).read_text()
+    for key in setting_keys(TrainConfig):
+        if "NAME" in key or key in {
+            f.name for f in dataclasses.fields(TrainConfig) if f.name not in ("run_dir", "seed")
+        }:
+            continue
+        name = key.rsplit(".", 1)[-1]
+        assert re.search(rf'^    {name}: .*\n    """', text, re.MULTILINE), f"{key} has no docstring"
+
+
+def test_an_experiment_says_only_what_differs_from_its_base() -> None:
+    base = config.flat(compose([]))
+    for name in EXPERIMENTS:
+        text = (config.CONF / "experiment" / f"{name}.yaml").read_text()
+        settings = config.flat(compose([f"experiment={name}", "tokenizer.path=t.json"]))
+        said = config.OmegaConf.to_container(config.OmegaConf.create(text))
+        assert isinstance(said, dict)
+        said.pop("defaults")
+        for key in config.flat(said):
+            if key in base and key != "tokenizer.path":
+                assert settings[key] != base[key] or key == "train.tokens_per_step" or key == "optim.lr", key
+
+
+def test_the_run_folder_follows_the_line() -> None:
+    one, again, other = (
+        config.default_run_dir("demo", [f"experiment=demo", lr])
+        for lr in ("optim.lr=1", "optim.lr=1", "optim.lr=2")
+    )
+    assert one == again != other
+    assert one.startswith("runs/demo-lr=1-")
+    assert config.default_run_dir("demo", ["experiment=demo"]) == "runs/demo"
+    assert config.default_run_dir("demo", ["a.lr=1", "seed=2"]) == config.default_run_dir(
+        "demo", ["seed=2", "a.lr=1"]
+    )
+    assert config.default_run_dir("demo", ["a.x=1"]) != config.default_run_dir("demo", ["b.x=1"])
+
+
+def test_a_recorded_configuration_reads_back_equal(tmp_path: Path) -> None:
+    settings = compose(["experiment=demo", "profile.steps=[3,4]"])
+    (tmp_path / "config.yaml").write_text(config.to_yaml(settings))
+    assert config.from_yaml(tmp_path / "config.yaml") == settings
+
+
+def test_only_settings_that_change_the_numbers_hinder_a_resume() -> None:
+    old = compose(["experiment=demo"])
+    free = compose(
+        ["experiment=demo", "checkpoint.every_steps=7", "train.epochs=3", "data.sources.facts.path=x"]
+    )
+    bound = compose(["experiment=demo", "optim.lr=1", "data.sources.facts.rows=5"])
+    assert differences(old, free) == {}
+    assert differences(old, bound) == {"optim.lr": (0.003, 1.0), "data.sources.facts.rows": (None, 5)}
+
+
+def test_nearest_keys_says_nothing_rather_than_nonsense() -> None:
+    assert nearest_keys("qqqqqq", TrainConfig) == []

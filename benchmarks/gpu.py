@@ -81,9 +81,7 @@ GRIDS = {
         (512, 2048, None),
     ),
     "tiny": Grid(
-        TransformerConfig(
-            dim=192, n_layers=4, n_heads=8, n_kv_heads=2, head_dim=32, hidden_dim=512, vocab_size=2048
-        ),
+        TransformerConfig(dim=192, n_layers=4, n_heads=8, n_kv_heads=2, head_dim=32, hidden_dim=512, vocab_size=2048),
         (256, 512),
         (64, None),
     ),
@@ -216,13 +214,7 @@ def run_tests(log: Path, seconds: float) -> dict[str, Any]:
         for case in suite.iter("testcase"):
             name = f"{case.get('classname')}.{case.get('name')}"
             for part in case:
-                kind = (
-                    "skipped"
-                    if part.tag == "skipped"
-                    else "failed"
-                    if part.tag in ("failure", "error")
-                    else ""
-                )
+                kind = "skipped" if part.tag == "skipped" else "failed" if part.tag in ("failure", "error") else ""
                 if kind:
                     reason = (part.get("message") or "").strip().splitlines()
                     result[kind].append({"test": name, "reason": reason[0] if reason else ""})
@@ -272,9 +264,7 @@ class Trainee:
     so such a model is not used again.
     """
 
-    def __init__(
-        self, config: TransformerConfig, ranks: distributed.Ranks, dtype: torch.dtype, clock: Clock
-    ) -> None:
+    def __init__(self, config: TransformerConfig, ranks: distributed.Ranks, dtype: torch.dtype, clock: Clock) -> None:
         self._config, self._ranks, self._dtype, self._clock = config, ranks, dtype, clock
         self._build_seconds = 0.0
         self._built: tuple[Transformer, torch.optim.Optimizer] | None = None
@@ -307,9 +297,7 @@ class Trainee:
         self._built = None
 
 
-def measure_step(
-    row: dict[str, Any], grid: Grid, trainee: Trainee, device: torch.device, clock: Clock
-) -> None:
+def measure_step(row: dict[str, Any], grid: Grid, trainee: Trainee, device: torch.device, clock: Clock) -> None:
     """Time training steps on one pack, and enter the figures into the row.
 
     The clock runs from the pack on the host to the end of the update on the device, as in training, less the
@@ -346,9 +334,7 @@ def measure_step(
         synchronize(device)
         seconds.append(time.perf_counter() - begin)
     if not result.applied.item():
-        raise RuntimeError(
-            f"loss {result.loss.item()}, gradient norm {result.grad_norm.item()}: update refused"
-        )
+        raise RuntimeError(f"loss {result.loss.item()}, gradient norm {result.grad_norm.item()}: update refused")
     median = statistics.median(seconds[WARMUP:])
     flops = train_flops(grid.config, pack.lengths, len(pack.label_positions))
     peak = metrics.peak_flops(device, None)
@@ -364,9 +350,7 @@ def measure_step(
     }
 
 
-def measure_attention(
-    row: dict[str, Any], grid: Grid, dtype: torch.dtype, device: torch.device, clock: Clock
-) -> None:
+def measure_attention(row: dict[str, Any], grid: Grid, dtype: torch.dtype, device: torch.device, clock: Clock) -> None:
     """Time attention alone, forward and backward, and enter the figures into the row.
 
     Args:
@@ -387,8 +371,7 @@ def measure_attention(
     generator = torch.Generator(device).manual_seed(SEED)
     heads = (config.n_heads, config.n_kv_heads, config.n_kv_heads, config.n_heads)
     q, k, v, upstream = (
-        torch.randn(tokens, n, config.head_dim, generator=generator, device=device, dtype=dtype)
-        for n in heads
+        torch.randn(tokens, n, config.head_dim, generator=generator, device=device, dtype=dtype) for n in heads
     )
     inputs = [x.requires_grad_() for x in (q, k, v)]
     slots = tuple(pack.cu_seqlens.diff().tolist())  # `sdpa` has them on the host, as within the network
@@ -516,9 +499,7 @@ def left_out(content: dict[str, Any]) -> list[tuple[str, str]]:
         found.append((f"{len(names)} GPU tests" if len(names) > 1 else f"GPU test {names[0]}", reason))
     if not tests["shapes_checked"]:
         found.append(("tensor shapes within the GPU tests", "the package beartype is not installed"))
-    found += [
-        (f"attention kernel {entry['backend']}", entry["reason"]) for entry in content["refused_backends"]
-    ]
+    found += [(f"attention kernel {entry['backend']}", entry["reason"]) for entry in content["refused_backends"]]
     for kind, rows in (("training step", content["steps"]), ("attention alone", content["attention"])):
         cells: dict[str, list[str]] = {}
         for row in rows:
@@ -529,16 +510,13 @@ def left_out(content: dict[str, Any]) -> list[tuple[str, str]]:
     return found
 
 
-def table(
-    columns: dict[str, Callable[[dict[str, Any]], str]], rows: list[dict[str, Any]], needs: str
-) -> list[str]:
+def table(columns: dict[str, Callable[[dict[str, Any]], str]], rows: list[dict[str, Any]], needs: str) -> list[str]:
     """A Markdown table; a row without the figure `needs` says "not run" in place of its figures."""
     lines = ["| " + " | ".join(columns) + " |", "|---|" + "---:|" * (len(columns) - 1)]
     named = 3  # backend, pack and document length say which row it is
     for row in rows:
         cells = [
-            make(row) if place < named or needs in row else "not run"
-            for place, make in enumerate(columns.values())
+            make(row) if place < named or needs in row else "not run" for place, make in enumerate(columns.values())
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
@@ -630,12 +608,8 @@ def stop_at_the_end(clock: Clock) -> None:
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "folder", type=Path, metavar="OUT_FOLDER", help="receives gpu.json, gpu.md, gpu_tests.log"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="OUT_FOLDER", help="receives gpu.json, gpu.md, gpu_tests.log")
     parser.add_argument("--minutes", type=float, default=8, help="for everything together (default 8)")
     parser.add_argument("--layers", type=int, default=4, help="depth of the network (default 4)")
     parser.add_argument("--model", choices=GRIDS, default="nemo", help="Nemo's true widths, or a tiny one")

@@ -62,15 +62,11 @@ class PackedBatch:
         if any(len(t) != size for t in (self.labels, self.weights, self.positions, self.sources)):
             raise ValueError(f"tokens, labels, weights, positions and sources must all have {size} entries")
         if len(bounds) != len(self.rows) + 1:
-            raise ValueError(
-                f"cu_seqlens has {len(bounds)} entries for {len(self.rows)} rows; expected one more"
-            )
+            raise ValueError(f"cu_seqlens has {len(bounds)} entries for {len(self.rows)} rows; expected one more")
         if bounds[0] != 0 or bounds[-1] != size or (np.diff(bounds) < 0).any():
             raise ValueError(f"cu_seqlens must rise from 0 to {size}; found {bounds.tolist()}")
         if not 0 < np.diff(bounds).max() <= self.max_seqlen:
-            raise ValueError(
-                f"a document has {np.diff(bounds).max()} tokens, more than max_seqlen {self.max_seqlen}"
-            )
+            raise ValueError(f"a document has {np.diff(bounds).max()} tokens, more than max_seqlen {self.max_seqlen}")
         starts = np.repeat(bounds[:-1], np.diff(bounds))
         if not np.array_equal(self.positions.numpy(), np.arange(size) - starts):
             raise ValueError("positions must count from 0 in each document")
@@ -136,9 +132,7 @@ def assemble(
     if tail < 0:
         raise ValueError(f"{len(documents)} documents have {real} tokens; the pack holds {capacity}")
     if len(documents) + (tail > 0) > slots:
-        raise ValueError(
-            f"{len(documents)} documents and {tail} tokens of padding do not fit into {slots} slots"
-        )
+        raise ValueError(f"{len(documents)} documents and {tail} tokens of padding do not fit into {slots} slots")
     pads = min(-(-tail // PADDING_TOKENS), slots - len(documents))
     padding = [tail // pads + (n < tail % pads) for n in range(pads)]
     empty = slots - len(documents) - pads

@@ -98,9 +98,7 @@ def encode_many(
             tokens += [*header, *content, tokenizer.im_end_id, *newline]
             weight = role_weights.get(message.role, 0.0) * message.weight
             weights += [0.0] * len(header) + [weight] * (len(content) + 1) + [0.0] * len(newline)
-        examples.append(
-            Example(np.array(tokens, np.int32), np.array(weights, np.float32), float(conversation.weight))
-        )
+        examples.append(Example(np.array(tokens, np.int32), np.array(weights, np.float32), float(conversation.weight)))
     return examples
 
 

@@ -166,9 +166,7 @@ def _turns(
             )
         name = _text(turn, role_field, place)
         if name not in roles:
-            raise RowError(
-                "unknown role", f"{place} has the unknown role {name!r}; expected one of {', '.join(roles)}"
-            )
+            raise RowError("unknown role", f"{place} has the unknown role {name!r}; expected one of {', '.join(roles)}")
         train = turn.get("train")
         if train is not None and not isinstance(train, bool):
             raise RowError("wrong type", f"{place}, field 'train' is {_kind(train)}; expected true or false")
@@ -185,13 +183,9 @@ def _alpaca(row: Mapping[str, Any]) -> list[Message]:
         raise RowError("wrong type", f"field 'history' is {_kind(history)}; expected a list of pairs")
     for number, pair in enumerate(history or (), 1):
         place = f"history {number}"
-        two_texts = (
-            isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(t, str) for t in pair)
-        )
+        two_texts = isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(t, str) for t in pair)
         if not two_texts:
-            raise RowError(
-                "wrong type", f"{place} is {_kind(pair)}; expected a pair of texts, user and assistant"
-            )
+            raise RowError("wrong type", f"{place} is {_kind(pair)}; expected a pair of texts, user and assistant")
         messages += [_message(place, "user", pair[0]), _message(place, "assistant", pair[1])]
     user = _text(row, "instruction", "the row")
     extra = _text(row, "input", "the row", default="")

@@ -50,9 +50,7 @@ class Ledger:
         self.accounts[source].rows["read"] += rows
         self.accounts[source].tokens["read"] += tokens
 
-    def ended(
-        self, source: str, gate: str, rows: int = 1, tokens: int = 0, reason: str | None = None
-    ) -> None:
+    def ended(self, source: str, gate: str, rows: int = 1, tokens: int = 0, reason: str | None = None) -> None:
         """Count rows at the gate where they end, with the reason where they are invalid."""
         account = self.accounts[source]
         account.rows[gate] += rows
@@ -60,9 +58,7 @@ class Ledger:
         if reason is not None:
             account.reasons[reason] = account.reasons.get(reason, 0) + rows
 
-    def trained(
-        self, documents: Sequence[int] | NDArray[np.int64], tokens: Sequence[int] | NDArray[np.int64]
-    ) -> None:
+    def trained(self, documents: Sequence[int] | NDArray[np.int64], tokens: Sequence[int] | NDArray[np.int64]) -> None:
         """Set what has been trained so far.
 
         Args:
@@ -82,13 +78,9 @@ class Ledger:
             for unit, counts in (("rows", account.rows), ("tokens", account.tokens)):
                 ended = sum(counts[gate] for gate in GATES)
                 if counts["read"] != ended:
-                    raise ValueError(
-                        f"source {name}: {counts['read']} {unit} read, but {ended} accounted for"
-                    )
+                    raise ValueError(f"source {name}: {counts['read']} {unit} read, but {ended} accounted for")
             if sum(account.reasons.values()) != account.rows["invalid"]:
-                raise ValueError(
-                    f"source {name}: {account.rows['invalid']} invalid rows, reasons {account.reasons}"
-                )
+                raise ValueError(f"source {name}: {account.rows['invalid']} invalid rows, reasons {account.reasons}")
 
     def loss_share(self, source: str) -> float:
         """Share of a source's drawn rows that were lost as invalid or too long, from 0 to 1."""
@@ -133,19 +125,13 @@ class Ledger:
         blocks = []
         for unit in ("rows", "tokens"):
             counted = {name: getattr(account, unit) for name, account in self.accounts.items()}
-            total = {
-                column: sum(counts[column] for counts in counted.values()) for column in ("read", *GATES)
-            }
+            total = {column: sum(counts[column] for counts in counted.values()) for column in ("read", *GATES)}
             if len(counted) > 1:
                 counted["all"] = total
             table = [[unit, "read", *(gate.replace("_", " ") for gate in GATES)]]
-            table += [
-                [name, *(f"{counts[c]:,}" for c in ("read", *GATES))] for name, counts in counted.items()
-            ]
+            table += [[name, *(f"{counts[c]:,}" for c in ("read", *GATES))] for name, counts in counted.items()]
             if total["read"]:
-                table.append(
-                    ["share", *(f"{100 * total[c] / total['read']:.1f} %" for c in ("read", *GATES))]
-                )
+                table.append(["share", *(f"{100 * total[c] / total['read']:.1f} %" for c in ("read", *GATES))])
             blocks.append(_aligned(table))
         visits = {n: (a.trained_documents, a.trained_tokens) for n, a in self.accounts.items()}
         if any(documents for documents, _ in visits.values()):
@@ -164,8 +150,6 @@ def _aligned(table: Sequence[Sequence[str]]) -> str:
     """Names to the left, numbers to the right."""
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     return "\n".join(
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
-        )
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
         for row in table
     )

@@ -249,8 +249,7 @@ class Loader:
         per_step = self.schedule.packs_per_step
         if per_step % world:
             raise ValueError(
-                f"a step of {per_step} packs does not divide by {world} ranks; change tokens per step or "
-                "ranks"
+                f"a step of {per_step} packs does not divide by {world} ranks; change tokens per step or ranks"
             )
         epoch, packs = self.schedule.locate(step)
         return self._build(self._train, packs, rank, world, per_step // world, epoch)
@@ -267,9 +266,7 @@ class Loader:
         """
         if self._validation_packs is None:
             lengths, schedule = self._validation.lengths, self.schedule
-            self._validation_packs = pack(
-                lengths, schedule.pack_tokens, 0, max_documents=schedule.pack_documents
-            )
+            self._validation_packs = pack(lengths, schedule.pack_tokens, 0, max_documents=schedule.pack_documents)
         packs = self._validation_packs
         return self._build(self._validation, packs, rank, world, -(-len(packs) // world), 0)
 
@@ -311,9 +308,7 @@ class Loader:
                 documents.example(index, factor)
                 for index, factor in zip(members[where].tolist(), factors[where].tolist(), strict=True)
             ]
-            batches.append(
-                assemble(examples, self.schedule.pack_tokens, self._slots, members[where], sources[where])
-            )
+            batches.append(assemble(examples, self.schedule.pack_tokens, self._slots, members[where], sources[where]))
         by_source = np.bincount(sources, weights=shares, minlength=self._num_sources)
         pairs = np.stack([sources, documents.rows[members]], axis=1)
         return StepData(

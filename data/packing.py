@@ -46,18 +46,14 @@ def pack(
     """
     sizes = np.asarray(lengths, dtype=np.int64)
     if capacity < 1 or max_documents < 1:
-        raise ValueError(
-            f"capacity is {capacity}, max_documents is {max_documents}; expected at least 1 of each"
-        )
+        raise ValueError(f"capacity is {capacity}, max_documents is {max_documents}; expected at least 1 of each")
     if sizes.ndim != 1:
         raise ValueError(f"lengths have {sizes.ndim} dimensions; expected one")
     if not len(sizes):
         return []
     wrong = np.flatnonzero((sizes < 1) | (sizes > capacity))
     if len(wrong):
-        raise ValueError(
-            f"length {wrong[0]} is {sizes[wrong[0]]}; expected from 1 to the capacity of {capacity}"
-        )
+        raise ValueError(f"length {wrong[0]} is {sizes[wrong[0]]}; expected from 1 to the capacity of {capacity}")
 
     generator = np.random.default_rng(seed)
     shuffled = generator.permutation(len(sizes))

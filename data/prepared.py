@@ -149,9 +149,7 @@ def prepare(
     if (tokenizer is None) == (vocab_size is None):
         raise ValueError("give a tokenizer, or the vocab_size of one to train, and not both")
     if not sources:
-        raise DataError(
-            "data.sources is empty; expected at least one source, like data.sources.NAME.path=FILE"
-        )
+        raise DataError("data.sources is empty; expected at least one source, like data.sources.NAME.path=FILE")
     options = options or EncodeOptions()
     plan = _Plan(dict(sorted(sources.items())), seed, max_tokens, options)
     parts = {
@@ -206,9 +204,7 @@ def open_prepared(folder: str | Path) -> Prepared:
 class _Plan:
     """What will be read: each source's settings, where its rows lie and which of them are drawn."""
 
-    def __init__(
-        self, sources: Mapping[str, SourceConfig], seed: int, max_tokens: int, options: EncodeOptions
-    ) -> None:
+    def __init__(self, sources: Mapping[str, SourceConfig], seed: int, max_tokens: int, options: EncodeOptions) -> None:
         self.sources, self.seed, self.max_tokens, self.options = sources, seed, max_tokens, options
         self.origins: dict[str, list[Origin]] = {}
         for name, config in sources.items():
@@ -247,9 +243,7 @@ class _Plan:
     def absent(self) -> list[Origin]:
         return [origin for origin, contents in self.prints.items() if contents is None]
 
-    def conversations(
-        self, name: str, ledger: Ledger | None, rejects: "_Rejects | None"
-    ) -> Iterator["_Drawn"]:
+    def conversations(self, name: str, ledger: Ledger | None, rejects: "_Rejects | None") -> Iterator["_Drawn"]:
         """A source's usable rows; the others go to the ledger and the rejects file, where these are given."""
         config = self.sources[name]
         for origin in self.origins[name]:
@@ -302,20 +296,14 @@ def _key(parts: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _find(
-    prepared_dir: Path, parts: Mapping[str, Any], plan: _Plan
-) -> tuple[Path | None, bool, tuple[str, ...]]:
+def _find(prepared_dir: Path, parts: Mapping[str, Any], plan: _Plan) -> tuple[Path | None, bool, tuple[str, ...]]:
     """Look for a set with these parts; where files are absent, for one made from files of their names."""
     absent = plan.absent()
     folder = prepared_dir / _key(parts)
     if not absent and (folder / "manifest.json").is_file():
         return folder, True, ()
-    manifests = sorted(
-        prepared_dir.glob("*/manifest.json"), key=lambda file: file.stat().st_mtime, reverse=True
-    )
-    there = [
-        (file.parent, _load_json(file)["parts"]) for file in manifests if not file.parent.name.startswith(".")
-    ]
+    manifests = sorted(prepared_dir.glob("*/manifest.json"), key=lambda file: file.stat().st_mtime, reverse=True)
+    there = [(file.parent, _load_json(file)["parts"]) for file in manifests if not file.parent.name.startswith(".")]
     if absent:
         for candidate, known in there:
             if not _differences(known, parts, wildcard=True):
@@ -324,9 +312,7 @@ def _find(
                 return candidate, True, (note,)
     differences = _differences(there[0][1], parts) if there else []
     changed = (
-        f"{there[0][0].name}, the newest set in {prepared_dir}, differs: {'; '.join(differences)}"
-        if there
-        else ""
+        f"{there[0][0].name}, the newest set in {prepared_dir}, differs: {'; '.join(differences)}" if there else ""
     )
     if absent:
         origin = absent[0]
@@ -452,9 +438,7 @@ class _Rejects:
     def __init__(self, path: Path) -> None:
         self._stream = path.open("w", encoding="utf-8")
 
-    def add(
-        self, source: str, origin: Origin, number: int, gate: str, reason: str, row: object = None
-    ) -> None:
+    def add(self, source: str, origin: Origin, number: int, gate: str, reason: str, row: object = None) -> None:
         line = {"source": source, "file": origin.name, "row": number, "gate": gate, "reason": reason}
         if row is not None:
             line["begins"] = json.dumps(row, default=str)[:_REJECT_CHARACTERS]
@@ -484,9 +468,7 @@ class _Writer:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir()
-        self._columns = {
-            name: _Column(folder / f"{name}.npy", np.dtype(kind)) for name, kind in _COLUMNS.items()
-        }
+        self._columns = {name: _Column(folder / f"{name}.npy", np.dtype(kind)) for name, kind in _COLUMNS.items()}
         self._end = 0
         self._columns["offsets"].extend([0])
 
@@ -548,14 +530,11 @@ def _map(folder: Path, documents: int) -> Documents:
             # An empty array cannot be mapped.
             arrays[name] = np.load(file, mmap_mode="r" if documents else None)
     except (OSError, ValueError) as error:
-        raise DataError(
-            f"{folder}: damaged or cut short ({error}); delete {folder.parent} and start again"
-        ) from error
+        raise DataError(f"{folder}: damaged or cut short ({error}); delete {folder.parent} and start again") from error
     found = Documents(**arrays)
     if len(found) != documents or len(found.tokens) != found.offsets[-1]:
         raise DataError(
-            f"{folder}: {len(found)} documents, the ledger says {documents}; delete {folder.parent} and "
-            "start again"
+            f"{folder}: {len(found)} documents, the ledger says {documents}; delete {folder.parent} and start again"
         )
     return found
 

@@ -133,9 +133,7 @@ def locate(key: str, path: str, split: str = "train", revision: str | None = Non
     if file.suffix.lower() in _FILE_KINDS:
         return Origin(key, path, file)
     if file.is_file():
-        raise DataError(
-            f"{key} is {path!r}, a {file.suffix or 'nameless'} file; expected {', '.join(_FILE_KINDS)}"
-        )
+        raise DataError(f"{key} is {path!r}, a {file.suffix or 'nameless'} file; expected {', '.join(_FILE_KINDS)}")
     if _HUB_NAME.fullmatch(path):
         return Origin(key, path, None, split, revision)
     raise DataError(

@@ -219,9 +219,7 @@ class Tokenizer:
             }
         path.write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
         if bos != (BOS if BOS in self.controls else None):
-            path.with_name("tokenizer_config.json").write_text(
-                json.dumps({"bos_token": bos}), encoding="utf-8"
-            )
+            path.with_name("tokenizer_config.json").write_text(json.dumps({"bos_token": bos}), encoding="utf-8")
 
     def encode(self, text: str) -> list[int]:
         """Encode text; never yields a control token.
@@ -385,9 +383,7 @@ def _with_slots(spec: dict[str, Any], path: Path, slots: Mapping[str, int | None
         here = ids.get(name, vocab.get(name))
         if here is not None:
             if slot not in (None, here):
-                raise DataError(
-                    f"{path}: {name} is already id {here}; leave its slot unset instead of {slot}"
-                )
+                raise DataError(f"{path}: {name} is already id {here}; leave its slot unset instead of {slot}")
             continue
         reserved = [token for token in added if token["id"] == slot]
         if slot is None or not reserved or reserved[0]["content"] in (BOS, IM_START, IM_END):
@@ -418,9 +414,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON: {error}; expected a tokenizer.json or a Tekken file") from error
     if not isinstance(value, dict):
-        raise DataError(
-            f"{path}: found a JSON {type(value).__name__}; expected a tokenizer.json or a Tekken file"
-        )
+        raise DataError(f"{path}: found a JSON {type(value).__name__}; expected a tokenizer.json or a Tekken file")
     return value
 
 

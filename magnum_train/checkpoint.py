@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from magnum_train.distributed import Ranks
 from magnum_train.errors import CheckpointError
@@ -63,13 +64,9 @@ def read_state(folder: Path) -> TrainState:
     try:
         state = TrainState(**json.loads(file.read_text()))
     except (OSError, TypeError, json.JSONDecodeError) as error:
-        raise CheckpointError(
-            str(file), str(error), "a checkpoint's state", "Remove this checkpoint."
-        ) from error
+        raise CheckpointError(str(file), str(error), "a checkpoint's state", "Remove this checkpoint.") from error
     if state.format != FORMAT:
-        raise CheckpointError(
-            str(file), f"format {state.format}", f"format {FORMAT}", "Use the version that made it."
-        )
+        raise CheckpointError(str(file), f"format {state.format}", f"format {FORMAT}", "Use the version that made it.")
     return state
 
 
@@ -111,7 +108,7 @@ def save(
         aside.mkdir(parents=True)
     ranks.barrier()
     weights, moments = get_state_dict(model, optimizer)
-    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=aside)
+    dcp_save({"model": weights, "optimizer": moments}, checkpoint_id=aside)
     if ranks.is_main:
         (aside / "state.json").write_text(json.dumps(asdict(state), indent=1))
         for file in aside.iterdir():
@@ -146,7 +143,7 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Tr
     whole: dict[str, Any] = {"model": weights, "optimizer": moments}
     hyper = [dict(group) for group in optimizer.param_groups]
     try:
-        dcp.load(whole, checkpoint_id=folder)
+        dcp_load(whole, checkpoint_id=folder)
     except Exception as error:  # torch wraps every rank's own error in one without a common type
         raise CheckpointError(
             str(folder), str(error).splitlines()[0], "the weights and moments of this model",
@@ -160,9 +157,7 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Tr
         options=StateDictOptions(strict=True),
     )
     for group, now in zip(optimizer.param_groups, hyper, strict=True):
-        group.update(
-            {key: value for key, value in now.items() if key != "params"}
-        )  # the configuration decides
+        group.update({key: value for key, value in now.items() if key != "params"})  # the configuration decides
     return state
 
 
@@ -180,7 +175,7 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     try:
         with warnings.catch_warnings():  # torch remarks that there is no process group; there is to be none
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load({"model": weights}, checkpoint_id=folder, no_dist=True)
+            dcp_load({"model": weights}, checkpoint_id=folder, no_dist=True)
     except Exception as error:  # see load
         raise CheckpointError(str(folder), str(error).splitlines()[0], "the weights of this model") from error
     model.load_state_dict(weights)

@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -319,7 +320,7 @@ class TrainConfig:
                 "train.tokens_per_step",
                 f"{self.train.tokens_per_step:,}",
                 f"a multiple of data.pack_tokens = {self.data.pack_tokens:,}",
-                f"Try train.tokens_per_step={-(-self.train.tokens_per_step // self.data.pack_tokens) * self.data.pack_tokens}.",
+                f"Try train.tokens_per_step={self.data.pack_tokens * (self.packs_per_step + 1)}.",
             )
 
     @property
@@ -366,10 +367,10 @@ class ChatConfig:
 
 
 RESUMABLE = (
-    "run_dir", "model.attention", "data.prepared_dir", "data.max_loss_share", "data.sources.*.path", "data.sources.*.validation_path",
-    "tokenizer.path", "train.max_steps", "train.epochs", "train.max_skipped_steps", "train.threads",
-    "train.collect_garbage_every_steps", "parallel.*", "validation.*", "samples.*", "checkpoint.*", "metrics.*",
-    "profile.*", "distributed.*",
+    "run_dir", "model.attention", "data.prepared_dir", "data.max_loss_share", "data.sources.*.path",
+    "data.sources.*.validation_path", "tokenizer.path", "train.max_steps", "train.epochs",
+    "train.max_skipped_steps", "train.threads", "train.collect_garbage_every_steps", "parallel.*", "validation.*",
+    "samples.*", "checkpoint.*", "metrics.*", "profile.*", "distributed.*",
 )  # fmt: skip
 """Settings that may differ when a run is resumed. Data and tokenizer are compared by content; files may move."""
 
@@ -459,11 +460,12 @@ def _composable(schema: type) -> type:
     """A frozen schema without its freeze: OmegaConf would make frozen nodes read-only, and compose nothing."""
     hints, fields = get_type_hints(schema), []
     for f in dataclasses.fields(schema):
-        kind, default = hints[f.name], {"default": f.default, "default_factory": f.default_factory}
+        kind = hints[f.name]
+        default: dict[str, Any] = {"default": f.default, "default_factory": f.default_factory}
         if dataclasses.is_dataclass(kind):
             kind = _composable(cast(type, kind))
             default["default_factory"] = kind
-        elif dataclasses.is_dataclass(inner := (get_args(kind) or (None,))[-1]):
+        elif dataclasses.is_dataclass((get_args(kind) or (None,))[-1]):
             kind = dict[str, Any]  # Hydra cannot add to a typed one key by key; `_entry` checks instead
         fields.append((f.name, kind, field(**default)))
     return dataclasses.make_dataclass(schema.__name__, fields)
@@ -475,9 +477,7 @@ def _freeze(kind: Any, value: Any, place: str = "", root: type | None = None) ->
         hints, root = get_type_hints(kind), root or cast(type, kind)
         for name in value.keys() - hints.keys():  # a + on the command line adds any key
             raise _unknown(f"{place}{name}", root)
-        return cast(type, kind)(
-            **{k: _freeze(hints[k], inner, f"{place}{k}.", root) for k, inner in value.items()}
-        )
+        return cast(type, kind)(**{k: _freeze(hints[k], inner, f"{place}{k}.", root) for k, inner in value.items()})
     entry = (get_args(kind) or (None,))[-1]
     if isinstance(value, dict) and dataclasses.is_dataclass(entry):
         return {name: _entry(cast(type, entry), inner, f"{place}{name}") for name, inner in value.items()}
@@ -570,7 +570,9 @@ def _end(error: BaseException, schema: type) -> None:
         traceback.print_exception(error)
         raise SystemExit(1) from None
     if launch().rank == 0 or isinstance(known, HostError):
-        print(f"error: {known}", file=sys.stderr)
+        print(f"error: {known}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(3)  # torchrun ends all ranks when the first one exits: let it be the one that speaks
     raise SystemExit(2) from None
 
 
@@ -594,9 +596,7 @@ def to_yaml(config: Any) -> str:
 
 def from_yaml(path: Path) -> TrainConfig:
     """A run's recorded configuration; settings that have since been added take their defaults."""
-    return _frozen(
-        TrainConfig, OmegaConf.merge(OmegaConf.structured(_composable(TrainConfig)), OmegaConf.load(path))
-    )
+    return _frozen(TrainConfig, OmegaConf.merge(OmegaConf.structured(_composable(TrainConfig)), OmegaConf.load(path)))
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -35,9 +35,7 @@ def main() -> int:
     print(f"$ torchrun --standalone --nproc-per-node={count} {' '.join(train)}", flush=True)
     status = subprocess.run([*launcher, *train], check=False).returncode
     if status:
-        print(
-            "\nThe training stopped. `make demo` again goes on from its newest checkpoint.", file=sys.stderr
-        )
+        print("\nThe training stopped. `make demo` again goes on from its newest checkpoint.", file=sys.stderr)
         return status
     print(f"\nThree prompts that were not in the training:\n\n$ python {' '.join(answer)}", flush=True)
     status = subprocess.run([sys.executable, *answer, "max_new_tokens=96"], check=False).returncode

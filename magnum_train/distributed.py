@@ -16,7 +16,9 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from magnum_train.errors import ConfigError, UserError
 
@@ -49,11 +51,11 @@ def launch() -> Launch:
 
 
 @functools.cache
-def _rendezvous() -> tuple[dist.Store, "itertools.count[int]"]:
+def _rendezvous() -> tuple[Store, "itertools.count[int]"]:
     """The store that all ranks share for the life of the process, and a count of the runs made with it."""
     if launch().world_size == 1:
-        return dist.HashStore(), itertools.count()
-    store, _, _ = next(iter(dist.rendezvous("env://")))
+        return HashStore(), itertools.count()
+    store, _, _ = next(iter(rendezvous("env://")))
     return store, itertools.count()
 
 
@@ -75,7 +77,7 @@ class Ranks:
     launch: Launch
     device: torch.device
     mesh: DeviceMesh
-    store: dist.Store
+    store: Store
 
     @property
     def rank(self) -> int:
@@ -115,15 +117,13 @@ class Ranks:
             except BaseException as error:
                 self.store.set(key, "-")
                 if self.rank and isinstance(error, ValueError):
-                    raise HostError(
-                        f"host {self.launch.host}", str(error), "what the other hosts have"
-                    ) from error
+                    raise HostError(f"host {self.launch.host}", str(error), "what the other hosts have") from error
                 raise
             self.store.set(key, "+" + result)
             return result
         while not self.store.check([key]):
             time.sleep(0.05)
-        answer = self.store.get(key).decode()
+        answer: str = self.store.get(key).decode()
         if answer.startswith("-"):
             raise ElsewhereError
         return answer[1:]
@@ -140,9 +140,7 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def start(
-    *, timeout_seconds: int, replicate: int, threads: int | None, deterministic: bool
-) -> Iterator[Ranks]:
+def start(*, timeout_seconds: int, replicate: int, threads: int | None, deterministic: bool) -> Iterator[Ranks]:
     """Bring up this run's process group and its (replicate, shard) mesh, and take them down at the end.
 
     Args:
@@ -174,7 +172,7 @@ def start(
     torch.use_deterministic_algorithms(deterministic)
 
     base, runs = _rendezvous()
-    store = dist.PrefixStore(f"run{next(runs)}", base)
+    store = PrefixStore(f"run{next(runs)}", base)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",
         store=store,
@@ -185,6 +183,6 @@ def start(
     try:
         shape = (replicate, me.world_size // replicate)
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
-        yield Ranks(me, device, mesh, dist.PrefixStore("ours", store))
+        yield Ranks(me, device, mesh, PrefixStore("ours", store))
     finally:
         dist.destroy_process_group()

@@ -36,7 +36,7 @@ def _git(*arguments: str) -> str | None:
 
 def environment(world_size: int, device: torch.device) -> dict[str, Any]:
     """Versions, machine, commit and uncommitted changes, as a JSON object."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in _PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)

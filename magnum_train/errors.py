@@ -13,9 +13,7 @@ class UserError(ValueError):
 
     def __init__(self, place: str, found: str, expected: str, remedy: str = "") -> None:
         self.place, self.found, self.expected, self.remedy = place, found, expected, remedy
-        super().__init__(
-            f"{place}: found {found}; expected {expected}." + (f"\n  {remedy}" if remedy else "")
-        )
+        super().__init__(f"{place}: found {found}; expected {expected}." + (f"\n  {remedy}" if remedy else ""))
 
 
 class ConfigError(UserError):

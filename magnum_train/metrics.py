@@ -83,9 +83,7 @@ class Metrics:
         is_main: Whether this is rank 0.
     """
 
-    def __init__(
-        self, run_dir: Path, step: int, config_text: str, settings: dict[str, Any], *, is_main: bool
-    ) -> None:
+    def __init__(self, run_dir: Path, step: int, config_text: str, settings: dict[str, Any], *, is_main: bool) -> None:
         self._file: TextIO | None = None
         if not is_main:
             return
@@ -94,9 +92,9 @@ class Metrics:
         path = run_dir / "metrics.jsonl"
         cut_back(path, step)
         shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
-        self._writer = SummaryWriter(run_dir / "tensorboard")  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(run_dir / "tensorboard")
         self._table(settings)
-        self._writer.add_text("config", f"```yaml\n{config_text}\n```")  # type: ignore[no-untyped-call]
+        self._writer.add_text("config", f"```yaml\n{config_text}\n```")
         if path.exists():
             for row in rows(path):
                 self._draw(row)
@@ -107,29 +105,25 @@ class Metrics:
 
         values = {key: v if isinstance(v, (bool, int, float)) else str(v) for key, v in settings.items()}
         for summary in hparams(values, {"train/loss": None, "validation/loss": None}):  # type: ignore[no-untyped-call]
-            self._writer.file_writer.add_summary(summary)  # type: ignore[union-attr]
+            self._writer._get_file_writer().add_summary(summary)  # type: ignore[no-untyped-call]
 
     def _draw(self, row: dict[str, Any]) -> None:
         """Put one row's numbers and texts on the curves, at the time that it bears."""
         step, when = row["step"], row["time"]
         if "reply" in row:
             text = f"**{row['prompt']}**\n\n{row['reply']}"
-            self._writer.add_text(f"samples/{row['sample']}", text, step, when)  # type: ignore[no-untyped-call]
+            self._writer.add_text(f"samples/{row['sample']}", text, step, when)
             return
         kind = "validation" if "validation_loss" in row else "train"
         for key, value in row.items():
             name = key.removeprefix("validation_")
             parts = {f"{name}/{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
             for part, number in parts.items():
-                if (
-                    part not in ("step", "time")
-                    and isinstance(number, (int, float))
-                    and not isinstance(number, bool)
-                ):
-                    self._writer.add_scalar(f"{kind}/{part}", number, step, when)  # type: ignore[no-untyped-call]
+                if part not in ("step", "time") and isinstance(number, (int, float)) and not isinstance(number, bool):
+                    self._writer.add_scalar(f"{kind}/{part}", number, step, when)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Record one row with the time, in seconds since 1970; numbers that are not finite are recorded as null, since JSON has none."""
+        """Record one row with the time, in seconds since 1970; what is not finite becomes null, as JSON asks."""
         if self._file is None:
             return
         row = {"time": time.time()} | row
@@ -142,14 +136,14 @@ class Metrics:
         """Have every row on disk, before a checkpoint that follows them becomes visible."""
         if self._file is not None:
             os.fsync(self._file.fileno())
-            self._writer.flush()  # type: ignore[no-untyped-call]
+            self._writer.flush()
 
     def close(self) -> None:
         """End the record."""
         if self._file is not None:
             self.sync()
             self._file.close()
-            self._writer.close()  # type: ignore[no-untyped-call]
+            self._writer.close()
 
 
 class Terminal:

@@ -52,7 +52,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     Returns:
         The optimizer; `step.py` sets its learning rate before each update.
     """
-    decayed, spared = [], []
+    decayed: list[nn.Parameter] = []
+    spared: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         spare = parameter.ndim < 2 or name.startswith("tok_embeddings")
         (spared if spare and not config.decay_all else decayed).append(parameter)

@@ -46,9 +46,7 @@ def train(settings: TrainConfig) -> None:
         deterministic=settings.train.deterministic,
     ) as ranks:
         terminal = metrics.Terminal(is_main=ranks.is_main)
-        folder = ranks.once(
-            "prepare", lambda: str(prepare_data(settings, terminal.say).folder), per_host=True
-        )
+        folder = ranks.once("prepare", lambda: str(prepare_data(settings, terminal.say).folder), per_host=True)
         prepared = open_prepared(folder)
         first = ranks.once("prepared key", lambda: prepared.key)
         if prepared.key != first:
@@ -108,9 +106,7 @@ def assemble(settings: TrainConfig, prepared: Prepared, ranks: Ranks, terminal: 
         epochs=settings.train.epochs if settings.train.max_steps is None else None,
         max_steps=settings.train.max_steps,
     )
-    loader = Loader(
-        prepared.train, prepared.validation, len(prepared.sources), schedule, settings.train.loss_norm
-    )
+    loader = Loader(prepared.train, prepared.validation, len(prepared.sources), schedule, settings.train.loss_norm)
     prompts = []
     if settings.samples.every_steps is not None:
         prompts = read_prompts(settings.samples.prompts, settings.samples.max_prompts, "samples.prompts")
@@ -208,9 +204,7 @@ def open_run_dir(settings: TrainConfig, prepared: Prepared, ranks: Ranks, *, res
                 "Choose another run_dir, or set them back.",
             )  # fmt: skip
     elif folder.exists() and not recorded.exists() and any(folder.iterdir()):
-        raise ConfigError(
-            "run_dir", f"{folder}, which holds other files", "a run's folder, an empty one or a new one"
-        )
+        raise ConfigError("run_dir", f"{folder}, which holds other files", "a run's folder, an empty one or a new one")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write(recorded, config.to_yaml(settings))
@@ -239,11 +233,7 @@ def plan_text(settings: TrainConfig, schedule: Schedule, prepared: Prepared, ran
     """What the settings come to, in the words that people know."""
     packs, world = settings.packs_per_step, ranks.world_size
     shard = world // settings.parallel.replicate
-    mesh = (
-        f" ({settings.parallel.replicate} replicas x {shard} shards)"
-        if settings.parallel.replicate > 1
-        else ""
-    )
+    mesh = f" ({settings.parallel.replicate} replicas x {shard} shards)" if settings.parallel.replicate > 1 else ""
     length = "as set" if settings.train.max_steps else f"in {settings.train.epochs} epochs"
     first = len(schedule.packing(0))
     fill = prepared.train.lengths.sum() / (first * settings.data.pack_tokens)
@@ -363,9 +353,7 @@ def refuse(run: Run, data: StepData, step: int, loss: float, grad_norm: float) -
         entry = {"step": step, "loss": str(loss), "grad_norm": str(grad_norm), "packs": packs}
         with file.open("a") as lines:
             lines.write(json.dumps(entry) + "\n")
-    run.terminal.say(
-        f"step {step}: loss {loss}, gradient norm {grad_norm}; update refused, its rows are in {file}"
-    )
+    run.terminal.say(f"step {step}: loss {loss}, gradient norm {grad_norm}; update refused, its rows are in {file}")
     if len(run.state.refused) > run.settings.train.max_skipped_steps:
         raise RunError(
             "train.max_skipped_steps", f"{len(run.state.refused)} refused updates",
@@ -425,7 +413,7 @@ def profiled(run: Run, step: int) -> Iterator[None]:
         yield
     trace.export_chrome_trace(str(folder / f"step-{step:08d}.trace.json.gz"))
     if cuda:
-        torch.cuda.memory._dump_snapshot(str(folder / f"step-{step:08d}.memory.pickle"))
+        torch.cuda.memory._dump_snapshot(str(folder / f"step-{step:08d}.memory.pickle"))  # type: ignore[no-untyped-call]
         torch.cuda.memory._record_memory_history(enabled=None)
     run.terminal.say(f"step {step}: profile in {folder}")
 

@@ -58,9 +58,7 @@ def choose_backend(name: str, device_type: str, dtype: torch.dtype) -> str:
         raise ValueError(f"model.attention: found {name!r}, expected one of {', '.join(BACKENDS)}")
     remedy = "set model.attention=auto or model.attention=sdpa"
     if device_type != "cuda":
-        raise ValueError(
-            f"model.attention: found {name!r} on device {device_type!r}, expected a CUDA device; {remedy}"
-        )
+        raise ValueError(f"model.attention: found {name!r} on device {device_type!r}, expected a CUDA device; {remedy}")
     if not flash_runs:
         raise ValueError(
             f"model.attention: found {name!r} with {dtype}, expected torch.bfloat16 or torch.float16; "
@@ -150,9 +148,7 @@ def _flash_attn(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen:
     """FlashAttention from its own package."""
     from flash_attn import flash_attn_varlen_func  # optional, and slow to import
 
-    output: Tensor = flash_attn_varlen_func(
-        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=True
-    )
+    output: Tensor = flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=True)
     return output
 
 

@@ -48,9 +48,7 @@ class TransformerConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name}: found {getattr(self, name)}, expected at least 1")
         if self.head_dim % 2:
-            raise ValueError(
-                f"model.head_dim: found {self.head_dim}, expected an even number (rotation turns pairs)"
-            )
+            raise ValueError(f"model.head_dim: found {self.head_dim}, expected an even number (rotation turns pairs)")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(
                 f"model.n_kv_heads: found {self.n_kv_heads}, expected a divisor of n_heads = {self.n_heads}"

@@ -105,9 +105,7 @@ def _choose(logits: Float[Tensor, " V"], temperature: float, top_p: float, gener
         return int(logits.argmax())
     # Shifted first: a tiny temperature would else divide to infinity, and infinity minus itself is not a
     # number.
-    probabilities, ids = (
-        ((logits - logits.max()) / temperature).softmax(dim=0).sort(descending=True, stable=True)
-    )
+    probabilities, ids = ((logits - logits.max()) / temperature).softmax(dim=0).sort(descending=True, stable=True)
     cumulative = probabilities.cumsum(dim=0)
     kept = cumulative[: 1 + int((cumulative < top_p).sum())]
     point = torch.rand((), dtype=torch.float64, generator=generator) * kept[-1]

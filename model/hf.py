@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from model.config import TransformerConfig, parameter_shapes
-from model.transformer import INITIAL_STD, Transformer
+from model.transformer import Transformer
 
 _OUTER = {
     "tok_embeddings.weight": "model.embed_tokens.weight",
@@ -142,7 +142,7 @@ def config_to_hf(config: TransformerConfig, dtype: torch.dtype) -> dict[str, Any
         "attention_dropout": 0.0,
         "sliding_window": None,
         "tie_word_embeddings": False,
-        "initializer_range": INITIAL_STD,
+        "initializer_range": 0.02,  # as published; nothing here reads it
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
 
@@ -181,9 +181,7 @@ def load_hf(model: Transformer, folder: str | Path) -> None:
             for name in file.keys():  # noqa: SIM118
                 parameter, value = parameters[our_name(name)], file.get_tensor(name)
                 if isinstance(parameter, DTensor):
-                    value = distribute_tensor(
-                        value, parameter.device_mesh, parameter.placements, src_data_rank=None
-                    )
+                    value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
                 parameter.copy_(value)
 
 
@@ -240,9 +238,7 @@ def save_hf(
 
     if len(shards) > 1:
         total = sum(prod(shape) for shape in shapes.values())
-        weight_map = {
-            hf_name(name): file for file, names in zip(files, shards, strict=True) for name in names
-        }
+        weight_map = {hf_name(name): file for file, names in zip(files, shards, strict=True) for name in names}
         metadata = {"total_parameters": total, "total_size": total * dtype.itemsize}
         _write_json(aside / INDEX, {"metadata": metadata, "weight_map": weight_map})
     _write_json(aside / "config.json", config_to_hf(model.config, dtype) | dict(fields or {}))
@@ -292,9 +288,7 @@ def _weight_files(folder: Path) -> list[Path]:
         raise ValueError(f"{folder}: found neither {INDEX} nor model.safetensors, expected one of them")
     absent = [path.name for path in paths if not path.is_file()]
     if absent:
-        raise ValueError(
-            f"{folder}: found no {_some(absent)}, expected it, since {INDEX} names it; fetch it again"
-        )
+        raise ValueError(f"{folder}: found no {_some(absent)}, expected it, since {INDEX} names it; fetch it again")
     return paths
 
 
@@ -310,9 +304,7 @@ def _check_config(config: TransformerConfig, folder: Path) -> None:
         if getattr(theirs, name) != value
     ]
     if differing:
-        raise ValueError(
-            f"{path}: found {'; '.join(differing)}, expected equal values; set model.* as in the file"
-        )
+        raise ValueError(f"{path}: found {'; '.join(differing)}, expected equal values; set model.* as in the file")
 
 
 def _check_shapes(config: TransformerConfig, found: Mapping[str, tuple[int, ...]], folder: Path) -> None:

@@ -10,9 +10,7 @@ from model import Transformer, TransformerConfig
 
 # Nemo's peculiarities in small: n_heads × head_dim ≠ dim, two query heads to a key-value head; and an odd
 # vocabulary.
-TINY = TransformerConfig(
-    dim=80, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=32, hidden_dim=96, vocab_size=515
-)
+TINY = TransformerConfig(dim=80, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=32, hidden_dim=96, vocab_size=515)
 NEMO = TransformerConfig(
     dim=5120, n_layers=40, n_heads=32, n_kv_heads=8, head_dim=128, hidden_dim=14336, vocab_size=131072
 )
@@ -73,9 +71,7 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float, name: str =
         return
     scale = expected.abs().max().double()
     error = (actual.double() - expected.double()).abs().max()
-    assert error <= tolerance * scale, (
-        f"{name}: off by {error:.3e}, {error / scale:.3e} of its largest magnitude"
-    )
+    assert error <= tolerance * scale, f"{name}: off by {error:.3e}, {error / scale:.3e} of its largest magnitude"
 
 
 def assert_all_close(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float) -> None:

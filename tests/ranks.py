@@ -19,9 +19,7 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torch.distributed.checkpoint", "magnum_train.train"])
 
 
-def _child(
-    rank: int, world_size: int, port: int, function: Callable[..., Any], args: Any, results: Any
-) -> None:
+def _child(rank: int, world_size: int, port: int, function: Callable[..., Any], args: Any, results: Any) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -33,9 +31,7 @@ def _child(
     }
     try:
         answer = function(*args)
-        results.put(
-            (rank, True, pickle.dumps(answer))
-        )  # as bytes: tensors would travel as handles to this process
+        results.put((rank, True, pickle.dumps(answer)))  # as bytes: tensors would travel as handles to this process
     except BaseException:
         results.put((rank, False, traceback.format_exc()))
 
@@ -49,14 +45,10 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
         args: The same for every rank.
         timeout: Seconds after which all are ended and the test fails.
     """
-    store = dist.TCPStore(
-        "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60)
-    )
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
     results: Any = _context.Queue()
     children = [
-        _context.Process(
-            target=_child, args=(rank, world_size, store.port, function, args, results), daemon=True
-        )
+        _context.Process(target=_child, args=(rank, world_size, store.port, function, args, results), daemon=True)
         for rank in range(world_size)
     ]
     for child in children:
@@ -70,13 +62,9 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
                 assert fine, f"rank {rank} of {world_size} failed:\n{value}"
                 answers[rank] = pickle.loads(value)
                 continue
-            dead = [
-                r for r, child in enumerate(children) if child.exitcode not in (None, 0) and r not in answers
-            ]
+            dead = [r for r, child in enumerate(children) if child.exitcode not in (None, 0) and r not in answers]
             assert not dead, f"rank {dead} of {world_size} died with {[children[r].exitcode for r in dead]}"
-            assert time.monotonic() < deadline, (
-                f"only ranks {sorted(answers)} of {world_size} ended in {timeout} s"
-            )
+            assert time.monotonic() < deadline, f"only ranks {sorted(answers)} of {world_size} ended in {timeout} s"
             time.sleep(0.02)
     finally:
         for child in children:

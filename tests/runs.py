@@ -31,7 +31,10 @@ def write_rows(path: Path, rows: list[Any]) -> Path:
     return path
 
 
-WORDS = "harbour lantern gull ferry bread market tide river green door story net rope bell salt wind".split()
+WORDS = [
+    *("harbour", "lantern", "gull", "ferry", "bread", "market", "tide", "river"),
+    *("green", "door", "story", "net", "rope", "bell", "salt", "wind"),
+]
 
 
 def uneven_rows(count: int) -> list[dict[str, Any]]:

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
-from runs import metrics, overrides
 
 from data.prepared import open_prepared
 from magnum_train import distributed, step, train
@@ -17,6 +16,7 @@ from magnum_train.errors import RunError
 from magnum_train.metrics import Terminal
 from magnum_train.prepare import prepare_data
 from model import Loss
+from runs import metrics, overrides
 
 
 def spoilt(loss: Loss) -> Loss:
@@ -27,8 +27,8 @@ def snapshot(run: Any) -> list[torch.Tensor]:
     tensors = []
     for parameter in run.model.parameters():
         tensors.append(parameter.full_tensor().clone())
-        for value in run.optimizer.state[parameter].values():
-            tensors.append((value.full_tensor() if hasattr(value, "full_tensor") else value).clone())
+        moments = run.optimizer.state[parameter].values()
+        tensors += [(value.full_tensor() if hasattr(value, "full_tensor") else value).clone() for value in moments]
     return tensors
 
 
@@ -83,9 +83,7 @@ def always_poisoned(line: list[str]) -> str:
 
 
 def test_too_many_refused_updates_stop_the_run(tmp_path: Path) -> None:
-    line = overrides(
-        tmp_path, "train.max_steps=10", "train.max_skipped_steps=2", "validation.every_steps=null"
-    )
+    line = overrides(tmp_path, "train.max_steps=10", "train.max_skipped_steps=2", "validation.every_steps=null")
     for said in run_ranks(always_poisoned, 2, line):
         assert "train.max_skipped_steps: found 3 refused updates; expected at most 2" in said
     rows = metrics(tmp_path / "run")
@@ -98,9 +96,7 @@ def test_too_many_refused_updates_stop_the_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("world", [3])
-def test_a_batch_that_the_ranks_do_not_divide_is_refused_before_the_first_step(
-    world: int, tmp_path: Path
-) -> None:
+def test_a_batch_that_the_ranks_do_not_divide_is_refused_before_the_first_step(world: int, tmp_path: Path) -> None:
     from test_resume import resume_errors
 
     for said in run_ranks(resume_errors, world, overrides(tmp_path)):

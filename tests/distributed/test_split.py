@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ranks import run_ranks
-from runs import overrides
 
 from data.loader import Loader, Schedule
 from data.prepared import Prepared, open_prepared
@@ -18,6 +17,7 @@ from magnum_train.prepare import prepare_data
 from magnum_train.train import Run, assemble, one_step
 from model import Transformer
 from model.transformer import init_weights
+from runs import overrides
 
 LOSS_NORMS = ("tokens", "sequences", "micro_batch_2024")
 STEPS = 3
@@ -45,9 +45,7 @@ def three_steps(line: list[str], sgd: bool) -> tuple[list[tuple[float, float]], 
         timeout_seconds=60, replicate=settings.parallel.replicate, threads=1, deterministic=False
     ) as ranks:
         run = started(settings, ranks)
-        if (
-            sgd
-        ):  # Adam turns the sign of a vanishing gradient into a whole step, so weights are compared under SGD
+        if sgd:  # Adam turns the sign of a vanishing gradient into a whole step, so weights are compared under SGD
             run.optimizer = Descent(run.model.parameters(), lr=1e-3)
         rows: list[dict[str, Any]] = [one_step(run, step, None) for step in range(1, STEPS + 1)]
         weights = {name: p.full_tensor().clone() for name, p in run.model.named_parameters()}  # type: ignore[attr-defined]
@@ -87,9 +85,7 @@ def test_adam_clipping_replicas_and_checkpointing_change_nothing(tmp_path: Path)
         assert (loss2, norm2) == pytest.approx((loss, norm), rel=1e-5)
 
 
-def documents_alone(
-    prepared: Prepared, model: Transformer, rows: set[int]
-) -> dict[int, tuple[float, Any, Any]]:
+def documents_alone(prepared: Prepared, model: Transformer, rows: set[int]) -> dict[int, tuple[float, Any, Any]]:
     """Each conversation by itself: row to its own weight and its tokens' (weight, cross-entropy) in float64."""
     found = {}
     for index, row in enumerate(prepared.train.rows.tolist()):
@@ -118,9 +114,7 @@ def test_each_loss_norm_is_what_its_definition_says(loss_norm: str, tmp_path: Pa
         max_steps=10,
     )  # fmt: skip
     # The loader only says which rows stand in which pack.
-    rows = [
-        p[:, 1].tolist() for p in Loader(prepared.train, prepared.validation, 1, schedule).step(0, 0, 1).rows
-    ]
+    rows = [p[:, 1].tolist() for p in Loader(prepared.train, prepared.validation, 1, schedule).step(0, 0, 1).rows]
     alone = documents_alone(prepared, model, {row for pack in rows for row in pack})
     packs = [[alone[row] for row in pack] for pack in rows]
     if loss_norm == "tokens":
@@ -130,10 +124,7 @@ def test_each_loss_norm_is_what_its_definition_says(loss_norm: str, tmp_path: Pa
         top = sum(s * (w * ce).sum() / w.sum() for pack in packs for s, w, ce in pack)
         loss = top / sum(s for pack in packs for s, _, _ in pack)
     else:
-        means = [
-            sum(s * (w * ce).sum() for s, w, ce in pack) / sum(s * w.sum() for s, w, _ in pack)
-            for pack in packs
-        ]
+        means = [sum(s * (w * ce).sum() for s, w, ce in pack) / sum(s * w.sum() for s, w, _ in pack) for pack in packs]
         loss = sum(means) / len(means)
     loss.backward()  # type: ignore[union-attr]
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])

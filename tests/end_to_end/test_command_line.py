@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from runs import metrics, overrides, uneven_rows, write_rows
 
 HOME = Path(__file__).parents[2]
@@ -62,7 +63,7 @@ def test_a_typo_is_answered_once_under_torchrun_and_nothing_is_written(tmp_path:
     assert done.returncode == 1  # torchrun's own
     assert done.stderr.count("error: learning_rate: found an unknown setting") == 1
     assert "Did you mean optim.lr" in done.stderr
-    assert 'File "' not in done.stderr.split("torch.distributed.elastic")[0]
+    assert f'File "{HOME}/magnum_train' not in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
@@ -152,9 +153,7 @@ def test_a_prompt_is_answered_from_a_run_and_a_wrong_step_is_named(tmp_path: Pat
     environment = json.loads((run / "environment.json").read_text())[-1]
     assert environment["world_size"] == 2
     assert environment["versions"]["torch"]
-    answer = program(
-        tmp_path, "-m", "magnum_train.chat", "weights=run@2", "prompt=Count from 3.", "max_new_tokens=5"
-    )
+    answer = program(tmp_path, "-m", "magnum_train.chat", "weights=run@2", "prompt=Count from 3.", "max_new_tokens=5")
     assert answer.returncode == 0, answer.stderr
     assert "assistant" in answer.stdout
     wrong = program(tmp_path, "-m", "magnum_train.chat", "weights=run@3", "prompt=Hello", "max_new_tokens=5")

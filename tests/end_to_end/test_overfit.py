@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 from ranks import run_ranks
-from runs import conversation, metrics, overrides, write_rows
 
 from data import Message
 from magnum_train import chat
 from magnum_train.config import compose
 from magnum_train.train import train
+from runs import conversation, metrics, overrides, write_rows
 
 FACTS = {
     "Who keeps the lighthouse?": "Mara Quill keeps it.",
@@ -32,7 +32,7 @@ def learn(line: list[str]) -> None:
 @pytest.mark.slow  # some 150 steps of training, which is what it is about
 def test_ten_conversations_are_learnt_and_said_back(tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.jsonl", [conversation(ask, answer) for ask, answer in FACTS.items()])
-    write_rows(tmp_path / "validation.jsonl", [conversation(ask, answer) for ask, answer in FACTS.items()])
+    write_rows(tmp_path / "validation.jsonl", [conversation("Who sails the ferry?", "Captain Vane.")])
     line = overrides(
         tmp_path, "train.tokens_per_step=512", "train.max_steps=150", "optim.lr=1e-2", "validation.every_steps=150",
         "checkpoint.every_steps=150", "model.dim=64", "model.hidden_dim=128",

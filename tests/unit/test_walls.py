@@ -50,9 +50,7 @@ def test_hydra_is_imported_in_one_file() -> None:
 def test_the_environment_is_read_in_one_file() -> None:
     for file in [f for package in ALLOWED for f in (HOME / package).glob("*.py")]:
         text = file.read_text().replace('os.environ["HYDRA_FULL_ERROR"] = "1"', "")  # set, not read
-        assert file.name == "distributed.py" or not (
-            "environ" in text.replace("environment", "") or "getenv" in text
-        )
+        assert file.name == "distributed.py" or not ("environ" in text.replace("environment", "") or "getenv" in text)
 
 
 def test_the_model_knows_no_ranks_and_the_data_no_devices() -> None:
@@ -73,9 +71,7 @@ def test_a_strange_package_of_our_name_is_named_at_start(name: str, tmp_path: Pa
 
     (tmp_path / name).mkdir()
     (tmp_path / name / "__init__.py").write_text("")
-    code = (
-        f"import sys; sys.path[:0] = [{str(tmp_path)!r}]; sys.path.append({str(HOME)!r}); import magnum_train"
-    )
+    code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}]; sys.path.append({str(HOME)!r}); import magnum_train"
     done = subprocess.run(
         [sys.executable, "-P", "-c", code],
         capture_output=True,

@@ -79,9 +79,7 @@ def test_a_pack_may_be_padding_alone() -> None:
 
 def test_dtypes_are_as_kernels_expect_them() -> None:
     batch = assemble([example(5)], T, N)
-    kinds = {
-        name: getattr(batch, name).dtype for name in ("tokens", "labels", "positions", "rows", "sources")
-    }
+    kinds = {name: getattr(batch, name).dtype for name in ("tokens", "labels", "positions", "rows", "sources")}
     assert set(kinds.values()) == {torch.int64}
     assert batch.weights.dtype == torch.float32
     assert batch.cu_seqlens.dtype == torch.int32

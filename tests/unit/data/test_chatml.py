@@ -25,9 +25,7 @@ def talk(*turns: tuple[str, str] | Turn) -> Conversation:
 
 
 @given(dialogues)
-def test_control_tokens_are_exactly_those_of_the_structure(
-    tokenizer: Tokenizer, dialogue: list[Turn]
-) -> None:
+def test_control_tokens_are_exactly_those_of_the_structure(tokenizer: Tokenizer, dialogue: list[Turn]) -> None:
     conversation = talk(*dialogue)
     tokens = encode(conversation, tokenizer).tokens
     expected = [tokenizer.bos_id, *[tokenizer.im_start_id, tokenizer.im_end_id] * len(conversation.messages)]
@@ -78,9 +76,7 @@ def test_golden_weights_of_one_exchange(byte_tokenizer: Tokenizer) -> None:
 
 
 def test_golden_weights_of_a_greeting_and_of_weighted_messages(byte_tokenizer: Tokenizer) -> None:
-    conversation = talk(
-        ("assistant", "hi", 0.5), ("user", "a"), ("assistant", "b", 0.0), ("assistant", "", 2.0)
-    )
+    conversation = talk(("assistant", "hi", 0.5), ("user", "a"), ("assistant", "b", 0.0), ("assistant", "", 2.0))
     greeting = [0] + [0] * ASSISTANT + [0.5, 0.5] + [0.5, 0]
     user = [0] + [0] * USER + [0] + [0, 0]
     silenced = [0] + [0] * ASSISTANT + [0] + [0, 0]
@@ -125,9 +121,7 @@ def test_a_prompt_is_the_beginning_of_what_training_saw(
     assert tokenizer.decode(prompt).endswith("<|im_start|>assistant\n")
 
 
-@pytest.mark.parametrize(
-    "weights", [{"bot": 1.0}, {"user": -1.0}, {"user": float("nan")}, {"user": float("inf")}]
-)
+@pytest.mark.parametrize("weights", [{"bot": 1.0}, {"user": -1.0}, {"user": float("nan")}, {"user": float("inf")}])
 def test_impossible_role_weights_are_refused(weights: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="role_weights"):
         EncodeOptions(weights)

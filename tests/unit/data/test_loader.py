@@ -29,9 +29,7 @@ def schedule(lengths: Any, **more: Any) -> Schedule:
     return Schedule(np.asarray(lengths, np.int64), **(settings | more))
 
 
-def loader(
-    documents: Documents, norm: str = "tokens", validation: Documents | None = None, **more: Any
-) -> Loader:
+def loader(documents: Documents, norm: str = "tokens", validation: Documents | None = None, **more: Any) -> Loader:
     plan = schedule(documents.lengths, **more)
     return Loader(documents, documents if validation is None else validation, 3, plan, norm)
 
@@ -202,9 +200,7 @@ def test_validation_without_documents_is_empty(make_documents: Make) -> None:
 
 
 @given(st.lists(st.floats(0, 1e9), max_size=24), st.integers(1, 4), st.integers(6, 8))
-def test_each_pack_goes_to_one_rank_and_costly_ones_run_together(
-    costs: list[float], ranks: int, per_rank: int
-) -> None:
+def test_each_pack_goes_to_one_rank_and_costly_ones_run_together(costs: list[float], ranks: int, per_rank: int) -> None:
     if len(costs) > ranks * per_rank:
         with pytest.raises(ValueError, match="do not fit"):
             assign(costs, ranks, per_rank)

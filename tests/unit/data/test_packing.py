@@ -41,9 +41,7 @@ def test_the_same_seed_gives_the_same_packs_and_another_gives_others() -> None:
     [(200_000, 600, 1.0, 8192, 0.995), (60_000, 2500, 0.8, 8192, 0.98), (60_000, 2500, 0.8, 16384, 0.98),
      (1_000, 2500, 0.8, 8192, 0.98), (300, 180, 0.5, 1024, 0.98)],
 )  # fmt: skip
-def test_log_normal_lengths_fill_packs(
-    count: int, median: float, sigma: float, capacity: int, least: float
-) -> None:
+def test_log_normal_lengths_fill_packs(count: int, median: float, sigma: float, capacity: int, least: float) -> None:
     lengths = log_normal(count, median, sigma, capacity)
     assert fill(lengths, capacity, pack(lengths, capacity, seed=1)) >= least
 

@@ -100,9 +100,7 @@ def test_every_row_is_accounted_for_with_its_reason(write_rows: Write, run: Run)
     assert {r["file"] for r in rejects} == {"rows.jsonl"}
 
 
-def test_a_conversation_of_exactly_the_limit_is_kept(
-    write_rows: Write, run: Run, tokenizer: Tokenizer
-) -> None:
+def test_a_conversation_of_exactly_the_limit_is_kept(write_rows: Write, run: Run, tokenizer: Tokenizer) -> None:
     size = len(encode(parse(talk(1)), tokenizer).tokens)
     source = {"a": SourceConfig(str(write_rows([talk(1)])))}
     assert len(run(source, max_tokens=size).train) == 1
@@ -116,9 +114,7 @@ def test_too_many_losses_stop_with_the_files_that_explain_them(write_rows: Write
     with pytest.raises(DataError) as caught:
         run(good | bad)
     message = str(caught.value)
-    assert message.startswith(
-        "data.sources.bad: 50.0 % of its rows are lost (1 invalid, 0 longer than 100 tokens)"
-    )
+    assert message.startswith("data.sources.bad: 50.0 % of its rows are lost (1 invalid, 0 longer than 100 tokens)")
     for name in ("ledger.json", "rejects.jsonl"):
         path = next(word.rstrip(";,") for word in message.split() if name in word)
         assert Path(path).is_file()
@@ -247,9 +243,7 @@ def test_a_copied_set_serves_where_the_files_are_absent(write_rows: Write, run: 
         run({"a": SourceConfig("nowhere/other.jsonl")}, prepared_dir=elsewhere)
 
 
-def test_a_tokenizer_is_trained_from_the_training_rows_the_same_every_time(
-    write_rows: Write, run: Run
-) -> None:
+def test_a_tokenizer_is_trained_from_the_training_rows_the_same_every_time(write_rows: Write, run: Run) -> None:
     rows = [{"messages": [{"role": "assistant", "content": f"word{n} and word{n + 1}"}]} for n in range(40)]
     source = {"a": SourceConfig(str(write_rows(rows)), validation_share=0.1)}
     first = run(source, tokenizer=None, vocab_size=266)
@@ -338,16 +332,12 @@ def test_a_set_is_opened_by_its_folder(write_rows: Write, run: Run, tokenizer: T
         open_prepared("nowhere")
 
 
-def test_published_rows_balance_with_the_real_vocabulary(
-    real_rows: Path, nemo: Tokenizer, tmp_path: Path
-) -> None:
+def test_published_rows_balance_with_the_real_vocabulary(real_rows: Path, nemo: Tokenizer, tmp_path: Path) -> None:
     sources = {
         "tools": SourceConfig(str(real_rows / "sharegpt_tools.json"), validation_share=0.05),
         "alpaca": SourceConfig(str(real_rows / "alpaca.json"), rows=500),
     }
-    prepared = prepare(
-        sources, prepared_dir=tmp_path, tokenizer=nemo, max_tokens=1024, seed=3, max_loss_share=0.2
-    )
+    prepared = prepare(sources, prepared_dir=tmp_path, tokenizer=nemo, max_tokens=1024, seed=3, max_loss_share=0.2)
     prepared.ledger.balance()
     accounts = prepared.ledger.accounts
     assert (accounts["tools"].rows["read"], accounts["alpaca"].rows["read"]) == (300, 999)

@@ -82,9 +82,7 @@ def test_a_hub_that_cannot_be_reached_has_no_fingerprint(monkeypatch: pytest.Mon
     monkeypatch.setattr(datasets, "load_dataset", fail)
     origin = locate("data.sources.x.path", "owner/name")
     assert fingerprint(origin) is None
-    with pytest.raises(
-        DataError, match=r"data.sources.x.path: owner/name \(split train\) cannot be read: Connection"
-    ):
+    with pytest.raises(DataError, match=r"data.sources.x.path: owner/name \(split train\) cannot be read: Connection"):
         list(rows_of(origin))
 
 
@@ -109,9 +107,7 @@ FAULTS: list[tuple[str, bytes, str]] = [
 
 
 @pytest.mark.parametrize(("name", "content", "message"), FAULTS)
-def test_a_damaged_file_is_named_with_its_place(
-    tmp_path: Path, name: str, content: bytes, message: str
-) -> None:
+def test_a_damaged_file_is_named_with_its_place(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         read(tmp_path / name)

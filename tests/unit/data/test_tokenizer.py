@@ -114,9 +114,7 @@ def test_bos_is_what_the_configuration_beside_the_file_says(
     assert Tokenizer.from_file(tmp_path / "again" / "tokenizer.json") == configured
 
 
-def test_the_library_reads_a_saved_file_with_control_tokens_and_bos(
-    tokenizer: Tokenizer, tmp_path: Path
-) -> None:
+def test_the_library_reads_a_saved_file_with_control_tokens_and_bos(tokenizer: Tokenizer, tmp_path: Path) -> None:
     from tokenizers import Tokenizer as Raw
 
     tokenizer.save(tmp_path / "tokenizer.json")
@@ -132,9 +130,7 @@ def test_the_layout_of_the_file_does_not_change_the_digest(tokenizer: Tokenizer,
     assert Tokenizer.from_file(written(spec, tmp_path)).digest == tokenizer.digest
 
 
-def test_a_control_token_is_no_word_even_where_whole_words_are_looked_up(
-    tmp_path: Path, tokenizer: Tokenizer
-) -> None:
+def test_a_control_token_is_no_word_even_where_whole_words_are_looked_up(tmp_path: Path, tokenizer: Tokenizer) -> None:
     spec = spec_of(tokenizer, tmp_path)
     spec["model"]["ignore_merges"] = True
     spec["pre_tokenizer"]["pretokenizers"] = spec["pre_tokenizer"]["pretokenizers"][1:]  # no split: one word
@@ -201,14 +197,10 @@ def renamed(spec: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
     return spec
 
 
-def test_slots_rename_reserved_ids_where_chatml_tokens_are_missing(
-    tokenizer: Tokenizer, tmp_path: Path
-) -> None:
+def test_slots_rename_reserved_ids_where_chatml_tokens_are_missing(tokenizer: Tokenizer, tmp_path: Path) -> None:
     spec = renamed(spec_of(tokenizer, tmp_path), {"<|im_start|>": "<r1>", "<|im_end|>": "<r2>"})
     path = written(spec, tmp_path)
-    with pytest.raises(
-        DataError, match=r"no control token <|im_start|>, and no slot was named.*<r1>=3, <r2>=4"
-    ):
+    with pytest.raises(DataError, match=r"no control token <|im_start|>, and no slot was named.*<r1>=3, <r2>=4"):
         Tokenizer.from_file(path)
     with pytest.raises(DataError, match=r"slot 77 is no reserved control token"):
         Tokenizer.from_file(path, im_start_slot=77, im_end_slot=4)
@@ -229,9 +221,7 @@ def test_training_gives_exactly_the_size_and_the_control_tokens_first(tokenizer:
 
 
 def test_training_does_not_depend_on_the_order_of_texts() -> None:
-    texts = [
-        f"{word} number {n}" for n in range(9) for word in ("alpha", "beta", "gamma", "delta", "epsilon")
-    ]
+    texts = [f"{word} number {n}" for n in range(9) for word in ("alpha", "beta", "gamma", "delta", "epsilon")]
     assert train_tokenizer(texts, 280) == train_tokenizer(texts[::-1], 280)
 
 
@@ -257,9 +247,7 @@ def test_training_is_the_same_in_another_process(tokenizer: Tokenizer) -> None:
 def test_a_size_that_cannot_be_reached_is_refused() -> None:
     with pytest.raises(DataError, match=r"vocab_size is 260; expected at least 261"):
         train_tokenizer([], 260)
-    with pytest.raises(
-        DataError, match=r"vocab_size is 400, but the texts yield only 26[0-9] tokens; set it to 26"
-    ):
+    with pytest.raises(DataError, match=r"vocab_size is 400, but the texts yield only 26[0-9] tokens; set it to 26"):
         train_tokenizer(["abab"], 400)
 
 

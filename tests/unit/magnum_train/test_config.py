@@ -42,9 +42,7 @@ def test_what_comes_out_is_frozen() -> None:
 
 
 def test_sources_are_a_map_by_name() -> None:
-    settings = compose(
-        ["data.sources.facts.rows=100", "~data.sources.talk", "+data.sources.mine.path=my.jsonl"]
-    )
+    settings = compose(["data.sources.facts.rows=100", "~data.sources.talk", "+data.sources.mine.path=my.jsonl"])
     assert sorted(settings.data.sources) == ["facts", "mine", "stories"]
     assert settings.data.sources["facts"].rows == 100
 
@@ -144,15 +142,12 @@ def test_an_experiment_says_only_what_differs_from_its_base() -> None:
 
 def test_the_run_folder_follows_the_line() -> None:
     one, again, other = (
-        config.default_run_dir("demo", [f"experiment=demo", lr])
-        for lr in ("optim.lr=1", "optim.lr=1", "optim.lr=2")
+        config.default_run_dir("demo", ["experiment=demo", lr]) for lr in ("optim.lr=1", "optim.lr=1", "optim.lr=2")
     )
     assert one == again != other
     assert one.startswith("runs/demo-lr=1-")
     assert config.default_run_dir("demo", ["experiment=demo"]) == "runs/demo"
-    assert config.default_run_dir("demo", ["a.lr=1", "seed=2"]) == config.default_run_dir(
-        "demo", ["seed=2", "a.lr=1"]
-    )
+    assert config.default_run_dir("demo", ["a.lr=1", "seed=2"]) == config.default_run_dir("demo", ["seed=2", "a.lr=1"])
     assert config.default_run_dir("demo", ["a.x=1"]) != config.default_run_dir("demo", ["b.x=1"])
 
 
@@ -164,9 +159,7 @@ def test_a_recorded_configuration_reads_back_equal(tmp_path: Path) -> None:
 
 def test_only_settings_that_change_the_numbers_hinder_a_resume() -> None:
     old = compose(["experiment=demo"])
-    free = compose(
-        ["experiment=demo", "checkpoint.every_steps=7", "train.epochs=3", "data.sources.facts.path=x"]
-    )
+    free = compose(["experiment=demo", "checkpoint.every_steps=7", "train.epochs=3", "data.sources.facts.path=x"])
     bound = compose(["experiment=demo", "optim.lr=1", "data.sources.facts.rows=5"])
     assert differences(old, free) == {}
     assert differences(old, bound) == {"optim.lr": (0.003, 1.0), "data.sources.facts.rows": (None, 5)}

@@ -15,18 +15,14 @@ def network():
     return tiny_model()
 
 
-@pytest.mark.parametrize(
-    "steps", [[12], [7, 1, 1, 1, 1, 1], [5, 4, 3]], ids=["at once", "reply", "in pieces"]
-)
+@pytest.mark.parametrize("steps", [[12], [7, 1, 1, 1, 1, 1], [5, 4, 3]], ids=["at once", "reply", "in pieces"])
 def test_cached_logits_equal_the_uncached(steps):
     model = tiny_model(torch.float64)
     pack = without_labels(tiny_pack([12], torch.float64))
     cache = KeyValueCache(TINY.n_layers, 12)
     parts = []
     with torch.no_grad():
-        for tokens, positions in zip(
-            pack["tokens"].split(steps), pack["positions"].split(steps), strict=True
-        ):
+        for tokens, positions in zip(pack["tokens"].split(steps), pack["positions"].split(steps), strict=True):
             bounds = torch.tensor([0, len(tokens)], dtype=torch.int32)
             parts.append(model(tokens, positions, bounds, len(tokens), cache=cache))
     assert_close(torch.cat(parts), model(**pack), 1e-12)

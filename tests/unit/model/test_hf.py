@@ -166,9 +166,7 @@ def test_a_sharded_parameter_receives_its_slice_alone(tmp_path):
                 sharded = distribute_tensor(parameter.detach(), mesh, [Shard(0)], src_data_rank=None)
                 setattr(module, name, torch.nn.Parameter(sharded))
         load_hf(model, tmp_path / "export")
-        for (name, whole), (_, part) in zip(
-            tiny_model().named_parameters(), model.named_parameters(), strict=True
-        ):
+        for (name, whole), (_, part) in zip(tiny_model().named_parameters(), model.named_parameters(), strict=True):
             assert isinstance(part, DTensor)
             assert torch.equal(part.to_local(), whole.chunk(2)[1]), name
     finally:

@@ -132,7 +132,7 @@ def test_initial_weights_have_their_scales():
             assert parameter.eq(1).all()
             continue
         narrow = name.endswith(("wo.weight", "w2.weight"))
-        std = 0.02 / (2 * TINY.n_layers) ** 0.5 if narrow else 0.02
+        std = (2 / 5 / TINY.dim) ** 0.5 / ((2 * TINY.n_layers) ** 0.5 if narrow else 1)
         assert parameter.std().item() == pytest.approx(std, rel=0.05), name
         assert abs(parameter.mean().item()) < std / 20, name
 

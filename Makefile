@@ -17,7 +17,7 @@ setup: .venv/.installed ## Make .venv and install the project with its developme
 	@touch $@
 
 demo: setup ## Train a small Nemo on the shipped conversations and let it answer
-	@$(BIN)/python -m magnum_train.demo
+	@OMP_NUM_THREADS=1 $(BIN)/python -m magnum_train.demo # set, so that torchrun does not warn; training sets its own
 
 test: setup ## Run every test
 	$(BIN)/python -m pytest

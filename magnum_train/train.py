@@ -52,9 +52,7 @@ def train(settings: TrainConfig) -> None:
         if prepared.key != first:
             raise HostError(folder, f"prepared data {prepared.key}", f"{first}, as on rank 0's host")
         run = assemble(settings, prepared, ranks, terminal)
-        total = run.loader.schedule.total_steps
-        if run.state.step >= total:
-            terminal.say(f"{run.run_dir} is complete: {run.state.step} of {total} steps")
+        if run is None:
             return
         with run.recording() as record:
             loop(run, record)
@@ -87,8 +85,12 @@ class Run:
             record.close()
 
 
-def assemble(settings: TrainConfig, prepared: Prepared, ranks: Ranks, terminal: metrics.Terminal) -> Run:
-    """Check what can be checked before the first step, build the parts, load the newest checkpoint."""
+def assemble(settings: TrainConfig, prepared: Prepared, ranks: Ranks, terminal: metrics.Terminal) -> Run | None:
+    """Check what can be checked before the first step, build the parts, load the newest checkpoint.
+
+    Returns:
+        The run, ready for its next step; None where it is complete, which the terminal has been told.
+    """
     assert settings.run_dir is not None
     run_dir, model_config = Path(settings.run_dir), settings.model.transformer()
     if prepared.tokenizer.vocab_size > model_config.vocab_size:
@@ -121,6 +123,10 @@ def assemble(settings: TrainConfig, prepared: Prepared, ranks: Ranks, terminal: 
     compute_dtype = torch.bfloat16 if bf16_compute(settings.precision, ranks.device) else torch.float32
     attention = attention_backend(settings.model.attention, recorded, ranks.device.type, compute_dtype)
     ranks.once("run_dir", lambda: open_run_dir(settings, prepared, ranks, resuming=recorded is not None))
+
+    if newest >= schedule.total_steps:
+        terminal.say(f"{run_dir} is complete: {newest} of {schedule.total_steps} steps")
+        return None
 
     terminal.say(prepared.ledger.render())
     terminal.say(plan_text(settings, schedule, prepared, ranks))

@@ -38,6 +38,7 @@ def poisoned_step(line: list[str]) -> tuple[bool, dict[str, Any], dict[str, Any]
     with distributed.start(timeout_seconds=60, replicate=1, threads=1, deterministic=False) as ranks:
         folder = ranks.once("prepare", lambda: str(prepare_data(settings, print).folder))
         run = train.assemble(settings, open_prepared(folder), ranks, Terminal(is_main=False))
+        assert run is not None
         good = train.one_step(run, 1, None)
         before = snapshot(run)
         real = step.forward

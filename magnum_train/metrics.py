@@ -172,7 +172,7 @@ class Terminal:
     def begin(self, step: int, total: int) -> None:
         """Show the bar at a step."""
         self._total = total
-        self._task = self._progress.add_task("training", completed=step, total=total, loss="–", speed="–")
+        self._task = self._progress.add_task("step", completed=step, total=total, loss="–", speed="–")
         self._progress.start()
 
     def step(self, row: dict[str, Any], seconds_left: float) -> None:

@@ -162,8 +162,14 @@ def test_only_settings_that_change_the_numbers_hinder_a_resume() -> None:
     free = compose(["experiment=demo", "checkpoint.every_steps=7", "train.epochs=3", "data.sources.facts.path=x"])
     bound = compose(["experiment=demo", "optim.lr=1", "data.sources.facts.rows=5"])
     assert differences(old, free) == {}
-    assert differences(old, bound) == {"optim.lr": (0.003, 1.0), "data.sources.facts.rows": (None, 5)}
+    assert differences(old, bound) == {"optim.lr": (0.002, 1.0), "data.sources.facts.rows": (None, 5)}
 
 
 def test_nearest_keys_says_nothing_rather_than_nonsense() -> None:
     assert nearest_keys("qqqqqq", TrainConfig) == []
+
+
+def test_the_documentation_lists_what_may_change_on_resume() -> None:
+    text = (Path(config.__file__).parents[1] / "docs" / "architecture.md").read_text()
+    block = text.split("From `RESUMABLE`")[1].split("\n\n")[1]
+    assert sorted(block.split()) == sorted(config.RESUMABLE)

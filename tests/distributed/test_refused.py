@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
 
 from data.prepared import open_prepared
 from magnum_train import distributed, step, train
@@ -16,7 +15,8 @@ from magnum_train.errors import RunError
 from magnum_train.metrics import Terminal
 from magnum_train.prepare import prepare_data
 from model import Loss
-from runs import metrics, overrides
+from ranks import run_ranks
+from tiny_runs import metrics, overrides
 
 
 def spoilt(loss: Loss) -> Loss:

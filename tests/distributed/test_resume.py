@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import run_ranks
 
 from magnum_train import checkpoint, train
 from magnum_train.config import compose
-from runs import metrics, overrides
+from ranks import run_ranks
+from tiny_runs import metrics, overrides
 
 
 class Killed(BaseException):

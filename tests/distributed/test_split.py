@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import run_ranks
 
 from data.loader import Loader, Schedule
 from data.prepared import Prepared, open_prepared
@@ -17,7 +16,8 @@ from magnum_train.prepare import prepare_data
 from magnum_train.train import Run, assemble, one_step
 from model import Transformer
 from model.transformer import init_weights
-from runs import overrides
+from ranks import run_ranks
+from tiny_runs import overrides
 
 LOSS_NORMS = ("tokens", "sequences", "micro_batch_2024")
 STEPS = 3

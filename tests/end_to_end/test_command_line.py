@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from runs import metrics, overrides, uneven_rows, write_rows
+from tiny_runs import metrics, overrides, uneven_rows, write_rows
 
 HOME = Path(__file__).parents[2]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]

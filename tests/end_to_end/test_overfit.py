@@ -3,13 +3,13 @@
 from pathlib import Path
 
 import pytest
-from ranks import run_ranks
 
 from data import Message
 from magnum_train import chat
 from magnum_train.config import compose
 from magnum_train.train import train
-from runs import conversation, metrics, overrides, write_rows
+from ranks import run_ranks
+from tiny_runs import conversation, metrics, overrides, write_rows
 
 FACTS = {
     "Who keeps the lighthouse?": "Mara Quill keeps it.",

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from models import assert_all_close, assert_close, gradients, tiny_model, tiny_pack
 from torch.nn.functional import cross_entropy
 
 import model.attention
 import model.loss
 from model.attention import attention, choose_backend
 from model.loss import linear_cross_entropy
+from models import assert_all_close, assert_close, gradients, tiny_model, tiny_pack
 
 pytestmark = pytest.mark.gpu
 

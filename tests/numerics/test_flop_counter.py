@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from models import NEMO, TINY, tiny_model, tiny_pack
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import Transformer
 from model.flops import block_matmul_parameters, parameter_count, train_flops
+from models import NEMO, TINY, tiny_model, tiny_pack
 
 LENGTHS = [9, 1, 30, 0]
 

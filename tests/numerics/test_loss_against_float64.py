@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from models import assert_close
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import model.loss
 from model.loss import linear_cross_entropy
+from models import assert_close
 
 TOKENS, DIM, VOCABULARY = 200, 24, 131
 

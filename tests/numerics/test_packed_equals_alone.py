@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from models import assert_all_close, assert_close, gradients, tiny_model, tiny_pack
 
 # float64 stays float64 all through, norms and rotations included; float32 adds up in another order.

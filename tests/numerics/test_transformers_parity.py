@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from models import TINY, assert_all_close, assert_close, gradients, tiny_model, tiny_pack, without_labels
 from torch.nn.functional import cross_entropy
 from transformers import MistralConfig, MistralForCausalLM
 
 from model.generate import generate
 from model.hf import config_to_hf, our_name
+from models import TINY, assert_all_close, assert_close, gradients, tiny_model, tiny_pack, without_labels
 
 TOLERANCE = 1e-5  # float32, some 100 roundings deep
 

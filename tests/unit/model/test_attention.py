@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from models import assert_close
 
 import model.attention
 from model.attention import LayerCache, attention, cached_attention, choose_backend
+from models import assert_close
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
 

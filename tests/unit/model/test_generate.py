@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from models import TINY, assert_close, tiny_model, tiny_pack, without_labels
 
 from model.attention import KeyValueCache
 from model.generate import _choose, generate
+from models import TINY, assert_close, tiny_model, tiny_pack, without_labels
 
 PROMPT = tiny_pack([7])["tokens"].tolist()
 

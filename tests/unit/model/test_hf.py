@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from models import TINY, assert_close, tiny_model, tiny_pack, without_labels
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
@@ -18,6 +17,7 @@ from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 from model import Transformer
 from model.config import parameter_shapes
 from model.hf import config_from_hf, config_to_hf, hf_name, load_hf, our_name, save_hf
+from models import TINY, assert_close, tiny_model, tiny_pack, without_labels
 
 SMALL_SHARD = 100_000  # bytes: the tiny network's 330,000 parameters need over a dozen files
 NEMO_FIELDS = {

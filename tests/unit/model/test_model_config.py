@@ -4,11 +4,11 @@ from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
-from models import NEMO, TINY
 
 import model
 from model import Transformer
 from model.config import parameter_shapes
+from models import NEMO, TINY
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from models import assert_close
 
 from model.rope import rotary_tables, rotate
+from models import assert_close
 
 THETA = 1e6
 

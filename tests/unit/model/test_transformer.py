@@ -4,10 +4,10 @@ import logging
 
 import pytest
 import torch
-from models import TINY, assert_close, gradients, tiny_model, tiny_pack, without_labels
 
 from model import Transformer
 from model.transformer import RMSNorm, init_weights, initial_weight
+from models import TINY, assert_close, gradients, tiny_model, tiny_pack, without_labels
 
 
 def test_parameters_bear_mistrals_names():

@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -38,6 +39,9 @@ ENCODING_VERSION = 1
 
 _BATCH_ROWS, _BATCH_CHARACTERS = 512, 4_000_000
 """Rows encoded at a time: enough to keep all cores busy, few enough that memory stays bounded."""
+
+_ABANDONED_SECONDS = 86_400
+"""Age at which an unfinished set is taken for that of a process that died, and removed."""
 
 _REJECT_CHARACTERS = 1000
 """How much of an invalid row the rejects file shows; its place is there in full."""
@@ -120,7 +124,8 @@ def prepare(
     seed: int,
     vocab_size: int | None = None,
     options: EncodeOptions | None = None,
-    max_loss_share: float = 0.05,
+    max_loss_share: float = 0.1,
+    known: str | None = None,
 ) -> Prepared:
     """Find the prepared set that these arguments mean, or make it.
 
@@ -138,6 +143,7 @@ def prepare(
         options: what of a conversation is trained.
         max_loss_share: largest share of a source's drawn rows that may be lost as invalid or too long, from 0
             to 1. Judged per source, since a large source would hide the ruin of a small one.
+        known: key of the set that is meant where source files are absent and several sets would do.
 
     Returns:
         The set, mapped from disk.
@@ -159,7 +165,7 @@ def prepare(
         "role_weights": {role: float(w) for role, w in sorted(options.role_weights.items()) if w},
         **plan.key_parts(),
     }
-    folder, reused, notes = _find(Path(prepared_dir), parts, plan)
+    folder, reused, notes = _find(Path(prepared_dir), parts, plan, known)
     if folder is None:
         folder = Path(prepared_dir) / _key(parts)
         _make(folder, parts, plan, tokenizer, vocab_size)
@@ -296,20 +302,28 @@ def _key(parts: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _find(prepared_dir: Path, parts: Mapping[str, Any], plan: _Plan) -> tuple[Path | None, bool, tuple[str, ...]]:
+def _find(
+    prepared_dir: Path, parts: Mapping[str, Any], plan: _Plan, known_key: str | None
+) -> tuple[Path | None, bool, tuple[str, ...]]:
     """Look for a set with these parts; where files are absent, for one made from files of their names."""
     absent = plan.absent()
     folder = prepared_dir / _key(parts)
     if not absent and (folder / "manifest.json").is_file():
         return folder, True, ()
     manifests = sorted(prepared_dir.glob("*/manifest.json"), key=lambda file: file.stat().st_mtime, reverse=True)
-    there = [(file.parent, _load_json(file)["parts"]) for file in manifests if not file.parent.name.startswith(".")]
+    there = [(file.parent, parts_of) for file in manifests if (parts_of := _parts_of(file)) is not None]
     if absent:
-        for candidate, known in there:
-            if not _differences(known, parts, wildcard=True):
-                names = ", ".join(origin.name for origin in absent)
-                note = f"not here: {names}; using {candidate.name}, prepared from files of the same names"
-                return candidate, True, (note,)
+        fitting = [folder for folder, there_parts in there if not _differences(there_parts, parts, wildcard=True)]
+        fitting = [folder for folder in fitting if folder.name == known_key] or fitting
+        names = ", ".join(origin.name for origin in absent)
+        if len(fitting) > 1:
+            raise DataError(
+                f"not here: {names}; {len(fitting)} sets in {prepared_dir} were prepared from files of the same names "
+                f"({', '.join(folder.name for folder in fitting)}); expected one: remove the others, or bring the files"
+            )
+        if fitting:
+            note = f"not here: {names}; using {fitting[0].name}, prepared from files of the same names"
+            return fitting[0], True, (note,)
     differences = _differences(there[0][1], parts) if there else []
     changed = (
         f"{there[0][0].name}, the newest set in {prepared_dir}, differs: {'; '.join(differences)}" if there else ""
@@ -327,6 +341,16 @@ def _find(prepared_dir: Path, parts: Mapping[str, Any], plan: _Plan) -> tuple[Pa
             f"settings. Correct the path, or copy the prepared set here. {changed}".rstrip()
         )
     return None, False, (f"prepared anew: {changed}",) if there else ()
+
+
+def _parts_of(manifest: Path) -> Any:
+    """The parts of another set's manifest; None for a set that is unfinished or damaged, which nothing needs here."""
+    if manifest.parent.name.startswith("."):
+        return None
+    try:
+        return json.loads(manifest.read_text(encoding="utf-8"))["parts"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _differences(old: Any, new: Any, place: str = "", wildcard: bool = False) -> list[str]:
@@ -354,8 +378,16 @@ def _make(
     folder: Path, parts: Mapping[str, Any], plan: _Plan, tokenizer: Tokenizer | None, vocab_size: int | None
 ) -> None:
     """Write a set aside and give it its name when it is complete."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".tmp-{folder.name}-", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for left in folder.parent.glob(".tmp-*"):
+            if time.time() - left.stat().st_mtime > _ABANDONED_SECONDS:
+                shutil.rmtree(left)
+        aside = Path(tempfile.mkdtemp(prefix=f".tmp-{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise DataError(
+            f"data.prepared_dir is {str(folder.parent)!r}: {error.strerror}; expected a folder that can be written"
+        ) from error
     try:
         if tokenizer is None:
             assert vocab_size is not None
@@ -551,8 +583,12 @@ def _judge(prepared: Prepared, max_loss_share: float, max_tokens: int) -> None:
                 f"{100 * max_loss_share:g} % (data.max_loss_share). {where}; mend the rows, raise "
                 "data.pack_tokens, or allow a larger share"
             )
-    if not len(prepared.train):
-        raise DataError(f"no conversation is left to train on, of {len(prepared.sources)} sources. {where}")
+        if not rows["packed"]:
+            raise DataError(
+                f"data.sources.{name}: none of its {rows['read']} rows is left to train ({rows['unweighted']} without"
+                f" an assistant's text, {rows['validation']} for validation); expected at least one. {where}; mend the "
+                f"rows, or leave the source out with ~data.sources.{name}"
+            )
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -46,13 +46,21 @@ def read_prompts(path: str, limit: int | None, key: str) -> list[Prompt]:
     file = locate(key, path).file
     if file is None or not file.is_file():
         raise ConfigError(key, f"no file {path}", 'a JSONL file of {"prompt": …}')
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ConfigError(key, f"{file}: {error}", "a file in UTF-8") from error
     prompts = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-            prompts.append(Prompt(str(row["prompt"]), row.get("system")))
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"{file}, line {number}", line[:80], '{"prompt": …, "system": …}') from error
+            prompt = Prompt(row["prompt"], row.get("system"))
+            prompt.messages()  # refuses what is no text
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{file}, line {number}", line[:80], '{"prompt": "…", "system": "…"}') from error
+        prompts.append(prompt)
+    if not prompts:
+        raise ConfigError(key, f"no prompt in {file}", 'lines of {"prompt": …}')
     return prompts[:limit]
 
 

@@ -104,7 +104,8 @@ def save(
     final = path_of(run_dir, state.step)
     aside = final.with_name(f".writing-{final.name}")
     if ranks.is_main:
-        shutil.rmtree(aside, ignore_errors=True)
+        for left in (*final.parent.glob(".writing-*"), *final.parent.glob(".removing-*")):
+            shutil.rmtree(left)  # by an earlier start that died in a save
         aside.mkdir(parents=True)
     ranks.barrier()
     weights, moments = get_state_dict(model, optimizer)
@@ -114,12 +115,11 @@ def save(
         for file in aside.iterdir():
             _sync(file)
         _sync(aside)
-        if final.exists():  # left by a run that was resumed from an earlier step
-            shutil.rmtree(final)
         aside.rename(final)
         _sync(final.parent)
         for step in steps(run_dir)[: -keep_last if keep_last else 0]:
-            shutil.rmtree(path_of(run_dir, step))
+            removed = path_of(run_dir, step)
+            shutil.rmtree(removed.rename(removed.with_name(f".removing-{removed.name}")))
     ranks.barrier()
     return final
 

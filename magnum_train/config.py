@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import functools
 import hashlib
+import math
 import os
 import re
 import sys
@@ -43,7 +44,7 @@ def _choice(key: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def _above(key: str, value: float | None, bound: float, *, equal: bool = False) -> None:
-    if value is not None and (value < bound or (value == bound and not equal)):
+    if value is not None and (not math.isfinite(value) or value < bound or (value == bound and not equal)):
         raise ConfigError(key, str(value), f"{'at least' if equal else 'more than'} {bound}")
 
 
@@ -122,7 +123,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         _above("data.pack_tokens", self.pack_tokens, 2, equal=True)
         _above("data.pack_documents", self.pack_documents, 1, equal=True)
-        _above("data.max_loss_share", self.max_loss_share, 0, equal=True)
+        if not 0 <= self.max_loss_share <= 1:
+            raise ConfigError("data.max_loss_share", str(self.max_loss_share), "a share from 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -314,6 +316,7 @@ class TrainConfig:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def __post_init__(self) -> None:
+        _above("seed", self.seed, 0, equal=True)
         _choice("precision", self.precision, ("auto", "float32", "bf16_mixed"))
         if self.train.tokens_per_step % self.data.pack_tokens:
             raise ConfigError(
@@ -355,6 +358,8 @@ class ChatConfig:
     def __post_init__(self) -> None:
         _above("max_new_tokens", self.max_new_tokens, 1, equal=True)
         _above("temperature", self.temperature, 0, equal=True)
+        _above("max_prompts", self.max_prompts, 1, equal=True)
+        _above("seed", self.seed, 0, equal=True)
         if not 0 < self.top_p <= 1:
             raise ConfigError("top_p", str(self.top_p), "more than 0 and at most 1")
         if (self.prompt is None) == (self.prompts is None):
@@ -411,9 +416,12 @@ def setting_keys(schema: type) -> Iterator[str]:
 
 def nearest_keys(unknown: str, schema: type) -> list[str]:
     """The settings that the writer of an unknown key may have meant, likeliest first."""
-    keys = list(setting_keys(schema))
+    named = re.match(r"data\.sources\.([^.]+)\.", unknown)
+    every = list(setting_keys(schema))
+    leaves = [key for key in every if not any(other.startswith(f"{key}.") for other in every)]
+    keys = [key.replace("NAME", named[1] if named else "NAME") for key in leaves]
     last = unknown.rsplit(".", 1)[-1]
-    found = [_ALIASES[name] for name in (unknown, last) if _ALIASES.get(name) in keys]
+    found = [_ALIASES[name] for name in (unknown, last) if _ALIASES.get(name) in every]
     found += [key for key in keys if key.rsplit(".", 1)[-1] == last]
     found += difflib.get_close_matches(unknown, keys, n=3, cutoff=0.6)
     by_last = {key.rsplit(".", 1)[-1]: key for key in keys}
@@ -423,6 +431,9 @@ def nearest_keys(unknown: str, schema: type) -> list[str]:
 
 def _unknown(key: str, schema: type) -> ConfigError:
     """The answer to a key that no setting has."""
+    if key == "experiment" or key.startswith("experiment."):
+        hint = "Put `# @package _global_` on the first line of the experiment's file."
+        return ConfigError(key, "a setting inside `experiment`", "settings at the root", hint)
     near = nearest_keys(key, schema)
     remedy = f"Did you mean {' or '.join(near)}?" if near else ""
     return ConfigError(key, "an unknown setting", "one of the settings in magnum_train/config.py", remedy)
@@ -438,6 +449,8 @@ def _as_user_error(error: Exception, schema: type) -> ValueError | None:
     ours = next((e for e in chain if isinstance(e, (UserError, DataError))), None)
     if ours is not None:
         return ours
+    if isinstance(error, ValueError) and "Config group override" in str(error):
+        return ConfigError("command line", str(error), "the name of a file in that group; leave it out for none")
     if not isinstance(error, (HydraException, OmegaConfBaseException)):
         return None
     text = "\n".join(str(e) for e in chain)
@@ -451,8 +464,15 @@ def _as_user_error(error: Exception, schema: type) -> ValueError | None:
         return ConfigError(key or "setting", str(omega).splitlines()[0], "a value of the setting's type")
     if "Missing mandatory value" in text:
         return ConfigError(key, "nothing", "a value", f"Add {key}=… to the command line.")
-    first = str(error).strip().splitlines()
-    return ConfigError("command line", " ".join(first[:3]), "an override that Hydra can read (key=value)")
+    if omega is not None and key:
+        return ConfigError(key, str(omega).splitlines()[0], "a value of the setting's type")
+    merging = re.search(r"Error merging override \+*([^=\s]+)=(\S*)", text)
+    if merging:
+        found = str(omega).splitlines()[0] if omega is not None else merging[2]
+        return ConfigError(merging[1], found, "a value of the setting's type")
+    lines = [" ".join(line.split()) for line in str(error).strip().splitlines() if line.strip()]
+    lines = lines[: next((i for i, line in enumerate(lines) if line.startswith("Config search path")), 4)]
+    return ConfigError("command line", " ".join(lines), "an override that Hydra can read (key=value)")
 
 
 @functools.cache
@@ -486,8 +506,10 @@ def _freeze(kind: Any, value: Any, place: str = "", root: type | None = None) ->
 
 def _entry(schema: type, value: Any, place: str) -> Any:
     """One entry of a map by name, checked against its schema."""
+    if not isinstance(value, dict):
+        raise ConfigError(place, repr(value), "settings such as path and form", f"Try {place}.path={value}.")
     try:
-        node = OmegaConf.merge(OmegaConf.structured(_composable(schema)), value or {})
+        node = OmegaConf.merge(OmegaConf.structured(_composable(schema)), value)
         return _frozen(schema, node)
     except OmegaConfBaseException as error:
         error.full_key = f"{place}.{error.full_key}" if error.full_key else place
@@ -505,8 +527,24 @@ def register() -> None:
 
 
 def _overrides(line: list[str]) -> list[str]:
-    """A command line on which a key of a source is set the same way whether the files name it or not."""
-    return [re.sub(r"^\+*(?=data\.sources\.[^.=]+\.)", "++", word) for word in line]
+    """A command line as Hydra can read it.
+
+    A key of a source is set the same way whether the files name it or not; free text is quoted, so that any text that a
+    shell can pass arrives as it is.
+    """
+    return [_quoted(re.sub(r"^\+*(?=data\.sources\.[^.=]+\.)", "++", word)) for word in line]
+
+
+def _quoted(word: str) -> str:
+    """An override whose value is free text, in Hydra's quotes; any other word unchanged."""
+    key, equals, text = word.partition("=")
+    if key not in ("prompt", "system", "weights", "prompts") or not equals or text in ("", "null"):
+        return word
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        return word  # quoted already
+    text = re.sub(r"(\\*)'", r"\1\1\'", text)  # backslashes count only before a quote
+    text = re.sub(r"(\\+)$", r"\1\1", text).replace("${", "\\${")
+    return f"{key}='{text}'"
 
 
 def default_run_dir(experiment: str | None, overrides: list[str]) -> str:
@@ -519,8 +557,8 @@ def default_run_dir(experiment: str | None, overrides: list[str]) -> str:
     name = experiment or "run"
     if not kept:
         return f"runs/{name}"
-    short = ",".join(o.split("=", 1)[0].rsplit(".", 1)[-1] + "=" + o.split("=", 1)[-1] for o in kept)
-    short = re.sub(r"[^A-Za-z0-9.=_~,+-]", "_", short)[:40]
+    short = "_".join(o.split("=", 1)[0].rsplit(".", 1)[-1] + "_" + o.split("=", 1)[-1] for o in kept)
+    short = re.sub(r"[^A-Za-z0-9._+-]", "_", short)[:40]  # nothing that Hydra's grammar would stumble over
     return f"runs/{name}-{short}-{hashlib.sha256(chr(10).join(kept).encode()).hexdigest()[:4]}"
 
 
@@ -552,7 +590,8 @@ def verb(run: Callable[[Schema], None], schema: type[Schema], config_name: str) 
 
     with tempfile.TemporaryDirectory() as scratch:
         # Hydra wants to write a sweep's folder on every rank; ours are the run folders, so it gets a scratch one.
-        sys.argv[1:] = [*_overrides(sys.argv[1:]), f"hydra.sweep.dir={scratch}"]
+        OmegaConf.register_new_resolver("scratch", lambda: scratch, replace=True)  # named in conf/*.yaml
+        sys.argv[1:] = _overrides(sys.argv[1:])
         try:
             hydra.main(config_path=str(CONF), config_name=config_name, version_base="1.3")(job)()
         except Exception as error:

@@ -23,8 +23,13 @@ _PACKAGES = (
 
 
 def _git(*arguments: str) -> str | None:
-    """Git's answer about the folder that this code stands in; None where that is no checkout."""
+    """Git's answer about the project's own checkout; None where this code does not stand in it.
+
+    Installed in a virtual environment inside another project, it must not record that project's changes.
+    """
     home = Path(__file__).resolve().parent.parent
+    if not (home / ".git").exists():
+        return None
     try:
         done = subprocess.run(
             ["git", "-C", str(home), *arguments], capture_output=True, text=True, timeout=20, check=True

@@ -68,8 +68,18 @@ def cut_back(file: Path, step: int) -> None:
         if row["step"] <= step:
             kept.append(line if line.endswith("\n") else line + "\n")
     aside = file.with_suffix(".tmp")
-    aside.write_text("".join(kept))
+    with aside.open("w") as out:
+        out.write("".join(kept))
+        out.flush()
+        os.fsync(out.fileno())  # rows before a visible checkpoint stay on disk
     aside.replace(file)
+
+
+def _finite(value: Any) -> Any:
+    """A value as JSON can hold it: what is not finite is null, inside a map too."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Metrics:
@@ -127,7 +137,7 @@ class Metrics:
         if self._file is None:
             return
         row = {"time": time.time()} | row
-        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        row = {key: _finite(value) for key, value in row.items()}
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
         self._draw(row)
@@ -177,7 +187,7 @@ class Terminal:
 
     def step(self, row: dict[str, Any], seconds_left: float) -> None:
         """Show one step; without a terminal a line for about every fiftieth part of the run."""
-        loss = f"{row['loss']:.4f}" if row["applied"] else "not finite, update refused"
+        loss = f"{row['loss']:.4f}" + ("" if row["applied"] else ", update refused")
         speed = f"{row['tokens_per_second']:,.0f}"
         self._progress.update(self._task, completed=row["step"], loss=loss, speed=speed)
         every = max(1, self._total // 50)

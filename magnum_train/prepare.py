@@ -12,12 +12,13 @@ from data.prepared import Prepared, prepare
 from magnum_train.config import TrainConfig, verb
 
 
-def prepare_data(settings: TrainConfig, say: Callable[[str], None]) -> Prepared:
+def prepare_data(settings: TrainConfig, say: Callable[[str], None], known: str | None = None) -> Prepared:
     """Find the prepared conversations of a configuration, or make them.
 
     Args:
         settings: Its sources, tokenizer and pack length.
         say: Told what a person should know about it.
+        known: Key of the set that the run began with; decides where source files are absent and several sets fit.
 
     Raises:
         DataError: If a file, a setting or too many rows are wrong.
@@ -36,6 +37,7 @@ def prepare_data(settings: TrainConfig, say: Callable[[str], None]) -> Prepared:
         max_tokens=settings.data.pack_tokens,
         seed=settings.seed,
         max_loss_share=settings.data.max_loss_share,
+        known=known,
     )
     for note in prepared.notes:
         say(note)

@@ -8,6 +8,7 @@ Read `train` for the order of things and `loop` for what happens at a step.
 import contextlib
 import gc
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.profiler import profile
 
+from data import PackedBatch
 from data.chatml import encode_prompt
 from data.loader import Loader, Schedule, StepData
 from data.prepared import Prepared, open_prepared
@@ -46,12 +48,15 @@ def train(settings: TrainConfig) -> None:
         deterministic=settings.train.deterministic,
     ) as ranks:
         terminal = metrics.Terminal(is_main=ranks.is_main)
-        folder = ranks.once("prepare", lambda: str(prepare_data(settings, terminal.say).folder), per_host=True)
+        newest = int(ranks.once("run_dir", lambda: str(check_run_dir(settings))))
+        recorded = recorded_state(settings, newest)
+        known = recorded.data_key if recorded else None
+        folder = ranks.once("prepare", lambda: str(prepare_data(settings, terminal.say, known).folder), per_host=True)
         prepared = open_prepared(folder)
         first = ranks.once("prepared key", lambda: prepared.key)
         if prepared.key != first:
             raise HostError(folder, f"prepared data {prepared.key}", f"{first}, as on rank 0's host")
-        run = assemble(settings, prepared, ranks, terminal)
+        run = assemble(settings, prepared, recorded, ranks, terminal)
         if run is None:
             return
         with run.recording() as record:
@@ -85,8 +90,22 @@ class Run:
             record.close()
 
 
-def assemble(settings: TrainConfig, prepared: Prepared, ranks: Ranks, terminal: metrics.Terminal) -> Run | None:
+def recorded_state(settings: TrainConfig, step: int) -> TrainState | None:
+    """The state of a run's checkpoint; None for step 0, where there is none."""
+    return checkpoint.read_state(checkpoint.path_of(Path(str(settings.run_dir)), step)) if step else None
+
+
+def assemble(
+    settings: TrainConfig, prepared: Prepared, recorded: TrainState | None, ranks: Ranks, terminal: metrics.Terminal
+) -> Run | None:
     """Check what can be checked before the first step, build the parts, load the newest checkpoint.
+
+    Args:
+        settings: The run's.
+        prepared: Its conversations.
+        recorded: State of the checkpoint to go on from; None begins anew.
+        ranks: All of them call this.
+        terminal: Told what a person should know.
 
     Returns:
         The run, ready for its next step; None where it is complete, which the terminal has been told.
@@ -113,21 +132,17 @@ def assemble(settings: TrainConfig, prepared: Prepared, ranks: Ranks, terminal: 
     if settings.samples.every_steps is not None:
         prompts = read_prompts(settings.samples.prompts, settings.samples.max_prompts, "samples.prompts")
 
-    newest = int(ranks.once("resume", lambda: str(max(checkpoint.steps(run_dir), default=0))))
-    recorded = checkpoint.read_state(checkpoint.path_of(run_dir, newest)) if newest else None
     if recorded is not None and recorded.data_key != prepared.key:
         raise CheckpointError(
             str(run_dir), f"a run on prepared data {recorded.data_key}", f"prepared data {prepared.key}",
-            "The conversations, the tokenizer or a data setting changed: choose another run_dir.",
+            "The contents of the conversations or of the tokenizer changed: choose another run_dir.",
         )  # fmt: skip
+    if recorded is not None and recorded.step >= schedule.total_steps:
+        terminal.say(f"{run_dir} is complete: {recorded.step} of {schedule.total_steps} steps")
+        return None
     compute_dtype = torch.bfloat16 if bf16_compute(settings.precision, ranks.device) else torch.float32
     attention = attention_backend(settings.model.attention, recorded, ranks.device.type, compute_dtype)
-    ranks.once("run_dir", lambda: open_run_dir(settings, prepared, ranks, resuming=recorded is not None))
-
-    if newest >= schedule.total_steps:
-        terminal.say(f"{run_dir} is complete: {newest} of {schedule.total_steps} steps")
-        return None
-
+    ranks.once("open", lambda: open_run_dir(settings, prepared, ranks))
     terminal.say(prepared.ledger.render())
     terminal.say(plan_text(settings, schedule, prepared, ranks))
     terminal.say(
@@ -146,9 +161,9 @@ def assemble(settings: TrainConfig, prepared: Prepared, ranks: Ranks, terminal: 
     )
     optimizer = build_optimizer(model, settings.optim)
     state = TrainState(step=0, refused=[], data_key=prepared.key)
-    if newest:
-        state = checkpoint.load(checkpoint.path_of(run_dir, newest), model, optimizer)
-        terminal.say(f"resuming {run_dir} after step {newest}")
+    if recorded is not None:
+        state = checkpoint.load(checkpoint.path_of(run_dir, recorded.step), model, optimizer)
+        terminal.say(f"resuming {run_dir} after step {recorded.step}")
     state = replace(state, choices={"attention": attention})
     return Run(settings, ranks, terminal, run_dir, prepared, loader, model, optimizer, prompts, state)
 
@@ -193,34 +208,50 @@ def bf16_compute(precision: str, device: torch.device) -> bool:
     return precision == "bf16_mixed" or (precision == "auto" and device.type == "cuda")
 
 
-def open_run_dir(settings: TrainConfig, prepared: Prepared, ranks: Ranks, *, resuming: bool) -> str:
-    """Make the run's folder, or make sure that it holds this very run. Rank 0 alone.
+def check_run_dir(settings: TrainConfig) -> int:
+    """Make sure that the run's folder is free or holds this very run, before anything is prepared. Rank 0 alone.
 
-    Where there is no checkpoint yet, nothing hangs on the settings of the earlier start, and new ones replace them.
+    Where there is no checkpoint yet, nothing hangs on the settings of an earlier start, and new ones may replace them.
+
+    Returns:
+        The step of the newest checkpoint; 0 where there is none.
     """
-    assert settings.run_dir is not None
-    folder = Path(settings.run_dir)
+    folder = Path(str(settings.run_dir))
     recorded = folder / "config.yaml"
-    if resuming:
-        changed = config.differences(config.from_yaml(recorded), settings)
-        if changed:
-            lines = "; ".join(f"{key} was {old!r}, is now {new!r}" for key, (old, new) in changed.items())
-            raise ConfigError(
-                str(folder), f"a run with other settings ({lines})", "the same settings, or an empty folder",
-                "Choose another run_dir, or set them back.",
-            )  # fmt: skip
-    elif folder.exists() and not recorded.exists() and any(folder.iterdir()):
-        raise ConfigError("run_dir", f"{folder}, which holds other files", "a run's folder, an empty one or a new one")
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError("run_dir", f"{folder}, which is a file", "a folder")
+    newest = max(checkpoint.steps(folder), default=0)
+    if folder.exists() and not recorded.exists() and any(folder.iterdir()):
+        raise ConfigError(
+            "run_dir", f"{folder}, which holds other files and no config.yaml", "a run's folder, an empty or a new one"
+        )
+    changed = config.differences(config.from_yaml(recorded), settings) if newest else {}
+    if changed:
+        lines = "; ".join(f"{key} was {old!r}, is now {new!r}" for key, (old, new) in changed.items())
+        raise ConfigError(
+            str(folder), f"a run with other settings ({lines})", "the same settings, or an empty folder",
+            "Choose another run_dir, or set them back.",
+        )  # fmt: skip
+    return newest
+
+
+def open_run_dir(settings: TrainConfig, prepared: Prepared, ranks: Ranks) -> str:
+    """Make the run's folder and write what stands in it from the start. Rank 0 alone."""
+    folder = Path(str(settings.run_dir))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write(recorded, config.to_yaml(settings))
+        write(folder / "config.yaml", config.to_yaml(settings))
         starts = json.loads(read(folder / "environment.json") or "[]")
         starts.append(environment(ranks.world_size, ranks.device))
         write(folder / "environment.json", json.dumps(starts, indent=1))
         prepared.tokenizer.save(folder / "tokenizer.json")
     except OSError as error:
         raise ConfigError("run_dir", f"{folder}: {error.strerror}", "a folder that can be written") from error
-    return "made"
+    # float32 weights and two moments; the newest stays until the next is complete
+    need = 12 * parameter_count(settings.model.transformer())
+    if (free := shutil.disk_usage(folder).free) < need:
+        raise ConfigError("run_dir", f"{free / 1e9:.1f} GB free for {folder}", f"{need / 1e9:.1f} GB for a checkpoint")
+    return ""
 
 
 def read(file: Path) -> str:
@@ -241,11 +272,12 @@ def plan_text(settings: TrainConfig, schedule: Schedule, prepared: Prepared, ran
     shard = world // settings.parallel.replicate
     mesh = f" ({settings.parallel.replicate} replicas x {shard} shards)" if settings.parallel.replicate > 1 else ""
     length = "as set" if settings.train.max_steps else f"in {settings.train.epochs} epochs"
+    quiet = "; no validation, since no source has rows for it" if not len(prepared.validation) else ""
     first = len(schedule.packing(0))
     fill = prepared.train.lengths.sum() / (first * settings.data.pack_tokens)
     return (
         f"{packs} packs of {settings.data.pack_tokens:,} a step = {world} ranks{mesh} x {packs // world} accumulation; "
-        f"{first:,} packs in the first epoch, {fill:.1%} filled; {schedule.total_steps:,} steps {length}"
+        f"{first:,} packs in the first epoch, {fill:.1%} filled; {schedule.total_steps:,} steps {length}{quiet}"
     )
 
 
@@ -264,6 +296,7 @@ def loop(run: Run, record: metrics.Metrics) -> None:
             with profiled(run, step):
                 row = one_step(run, step, peak)
             record.write(row)
+            stop_if_refused_too_often(run)
             left = (time.perf_counter() - started) / (step - first) * (total - step)
             run.terminal.step(row, left)
             if step == first + 1:
@@ -274,12 +307,12 @@ def loop(run: Run, record: metrics.Metrics) -> None:
                 sample(run, record, step)
             if due(step, settings.checkpoint.every_steps, total):
                 record.sync()
+                if run.ranks.is_main:
+                    write_ledger(run)  # before the checkpoint: a start that finds the run complete writes nothing
                 checkpoint.save(
                     run.run_dir, run.model, run.optimizer, run.state,
                     keep_last=settings.checkpoint.keep_last, ranks=run.ranks,
                 )  # fmt: skip
-                if run.ranks.is_main:
-                    write_ledger(run)
             if step % settings.train.collect_garbage_every_steps == 0:
                 gc.collect()
     finally:
@@ -307,7 +340,7 @@ def one_step(run: Run, step: int, peak: float | None) -> dict[str, object]:
     settings, ranks = run.settings, run.ranks
     begin = time.perf_counter()
     data = run.loader.step(step - 1, ranks.rank, ranks.world_size)
-    batches = [batch.to(ranks.device) for batch in data.micro_batches]
+    batches = [on_device(batch, ranks.device) for batch in data.micro_batches]
     data_seconds = time.perf_counter() - begin
     lr = learning_rate(step, run.loader.schedule.total_steps, settings.optim)
     result = train_step(
@@ -341,18 +374,19 @@ def one_step(run: Run, step: int, peak: float | None) -> dict[str, object]:
     }
 
 
+def on_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
+    """Copy a pack to the device; from page-locked memory, so that the host need not wait for the copy."""
+    return batch.pin_memory().to(device) if device.type == "cuda" else batch
+
+
 def by_source(run: Run, sums: torch.Tensor, data: StepData) -> dict[str, float]:
     """Mean loss of each source that has weight in this step or validation, by name."""
     pairs = zip(run.prepared.sources, sums.tolist(), data.source_weight_sums.tolist(), strict=True)
-    return {name: total / weight for name, total, weight in pairs if weight > 0 and abs(total) < float("inf")}
+    return {name: total / weight for name, total, weight in pairs if weight > 0}
 
 
 def refuse(run: Run, data: StepData, step: int, loss: float, grad_norm: float) -> None:
-    """Write down the rows behind a refused update; stop the run when there have been too many.
-
-    Raises:
-        RunError: If `train.max_skipped_steps` is passed.
-    """
+    """Write down the rows behind a refused update."""
     file = run.run_dir / "skipped.jsonl"
     if run.ranks.is_main:
         packs = [[[run.prepared.sources[source], row] for source, row in pack.tolist()] for pack in data.rows]
@@ -360,10 +394,18 @@ def refuse(run: Run, data: StepData, step: int, loss: float, grad_norm: float) -
         with file.open("a") as lines:
             lines.write(json.dumps(entry) + "\n")
     run.terminal.say(f"step {step}: loss {loss}, gradient norm {grad_norm}; update refused, its rows are in {file}")
+
+
+def stop_if_refused_too_often(run: Run) -> None:
+    """End the run when more updates have been refused than it may.
+
+    Raises:
+        RunError: If `train.max_skipped_steps` is passed.
+    """
     if len(run.state.refused) > run.settings.train.max_skipped_steps:
         raise RunError(
             "train.max_skipped_steps", f"{len(run.state.refused)} refused updates",
-            f"at most {run.settings.train.max_skipped_steps}", f"Look at the rows in {file}.",
+            f"at most {run.settings.train.max_skipped_steps}", f"Look at the rows in {run.run_dir / 'skipped.jsonl'}.",
         )  # fmt: skip
 
 
@@ -375,7 +417,7 @@ def validate(run: Run, record: metrics.Metrics, step: int) -> None:
         return
     sums = torch.zeros(len(run.prepared.sources), dtype=torch.float64, device=run.ranks.device)
     for batch in data.micro_batches:
-        batch = batch.to(run.ranks.device)
+        batch = on_device(batch, run.ranks.device)
         sums += losses_by_source(forward(run.model, batch), batch, len(run.prepared.sources))
     distributed.all_reduce_sum(sums)
     loss = sums.sum().item() / data.weight_sum

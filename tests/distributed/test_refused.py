@@ -37,7 +37,7 @@ def poisoned_step(line: list[str]) -> tuple[bool, dict[str, Any], dict[str, Any]
     settings = compose(line)
     with distributed.start(timeout_seconds=60, replicate=1, threads=1, deterministic=False) as ranks:
         folder = ranks.once("prepare", lambda: str(prepare_data(settings, print).folder))
-        run = train.assemble(settings, open_prepared(folder), ranks, Terminal(is_main=False))
+        run = train.assemble(settings, open_prepared(folder), None, ranks, Terminal(is_main=False))
         assert run is not None
         good = train.one_step(run, 1, None)
         before = snapshot(run)
@@ -88,8 +88,8 @@ def test_too_many_refused_updates_stop_the_run(tmp_path: Path) -> None:
     for said in run_ranks(always_poisoned, 2, line):
         assert "train.max_skipped_steps: found 3 refused updates; expected at most 2" in said
     rows = metrics(tmp_path / "run")
-    assert [row["step"] for row in rows] == [1, 2, 3, 4]
-    assert [row["loss"] for row in rows[2:]] == [None, None]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert [row["loss"] for row in rows[2:]] == [None, None, None]
     assert len((tmp_path / "run" / "skipped.jsonl").read_text().splitlines()) == 3
     text = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert "NaN" not in text

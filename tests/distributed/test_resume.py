@@ -98,12 +98,42 @@ def test_a_half_written_checkpoint_is_never_taken_for_one(tmp_path: Path) -> Non
     folder = tmp_path / "run" / "checkpoints"
     (folder / ".writing-step-00000004").mkdir()
     (folder / ".writing-step-00000004" / "state.json").write_text("{}")
+    (folder / ".removing-step-00000001").mkdir()
     assert checkpoint.steps(tmp_path / "run") == [2]
     run_ranks(run_until, 1, line, None)
     assert sorted(entry.name for entry in folder.iterdir()) == ["step-00000004"]
     state = json.loads((folder / "step-00000004" / "state.json").read_text())
     assert state["step"] == 4
     assert state["choices"] == {"attention": "sdpa"}
+    ledger = json.loads((tmp_path / "run" / "ledger.json").read_text())["numbers"]
+    trained = sum(row["documents"] for row in metrics(tmp_path / "run"))
+    assert ledger["trained"]["documents"] == trained
+    assert ledger["rows"]["read"] == sum(count for gate, count in ledger["rows"].items() if gate != "read")
+
+
+def test_a_complete_run_is_not_touched_by_a_shorter_line(tmp_path: Path) -> None:
+    line = overrides(tmp_path, "train.max_steps=3")
+    run_ranks(run_until, 1, line, None)
+    before = {f.name: f.read_bytes() for f in (tmp_path / "run").glob("*.*") if f.is_file()}
+    run_ranks(run_until, 1, [*line, "train.max_steps=2"], None)
+    assert {f.name: f.read_bytes() for f in (tmp_path / "run").glob("*.*") if f.is_file()} == before
+
+
+def test_prepared_data_serves_where_its_files_are_not(tmp_path: Path) -> None:
+    """Copied to another machine, beside a newer set from files of the same names: the run finds its own."""
+    line = overrides(tmp_path, "train.max_steps=4", "checkpoint.every_steps=2")
+    run_ranks(run_until, 1, line, 3)
+    rows = (tmp_path / "rows.jsonl").read_text()
+    (tmp_path / "rows.jsonl").write_text(rows + rows.splitlines()[0].replace("Say", "Sing") + "\n")
+    run_ranks(run_until, 1, [*line, f"run_dir={tmp_path}/other"], None)
+    for name in ("rows.jsonl", "validation.jsonl"):
+        (tmp_path / name).unlink()
+    (tmp_path / "prepared" / "damaged").mkdir()
+    (tmp_path / "prepared" / "damaged" / "manifest.json").write_text("{}")
+    run_ranks(run_until, 1, line, None)
+    assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2, 3, 4]
+    [said] = run_ranks(resume_errors, 1, [*line, f"run_dir={tmp_path}/new"])
+    assert "2 sets" in said
 
 
 def resume_errors(line: list[str]) -> str:

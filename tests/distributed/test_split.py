@@ -27,7 +27,7 @@ def started(settings: TrainConfig, ranks: distributed.Ranks) -> Run:
     """The run as training assembles it, before its first step."""
     terminal = Terminal(is_main=False)
     folder = ranks.once("prepare", lambda: str(prepare_data(settings, terminal.say).folder))
-    run = assemble(settings, open_prepared(folder), ranks, terminal)
+    run = assemble(settings, open_prepared(folder), None, ranks, terminal)
     assert run is not None
     return run
 

@@ -14,10 +14,10 @@ HOME = Path(__file__).parents[2]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
 
 
-def program(cwd: Path, *arguments: str, timeout: float = 110) -> subprocess.CompletedProcess[str]:
+def program(cwd: Path, *arguments: str, timeout: float = 110, path: Path = HOME) -> subprocess.CompletedProcess[str]:
     """Run Python in an empty folder with the project importable."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("HYDRA", "RANK", "WORLD"))}
-    environment["PYTHONPATH"] = str(HOME)
+    environment["PYTHONPATH"] = str(path)
     return subprocess.run(
         [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout,
         check=False, stdin=subprocess.DEVNULL,
@@ -38,7 +38,7 @@ def test_a_sweep_over_two_rates_alone_and_under_torchrun_leaves_run_folders_only
     work = tmp_path / "work"
     work.mkdir()
     line = [o for o in overrides(tmp_path, "train.max_steps=2") if not o.startswith("run_dir")]
-    sweep = ["--multirun", *line, "optim.lr=1e-3,2e-3"]
+    sweep = [*line, "optim.lr=1e-3,2e-3", "--multirun"]
     alone = program(work, "-m", "magnum_train.train", *sweep)
     assert alone.returncode == 0, alone.stderr
     assert [entry.name for entry in work.iterdir()] == ["runs"]
@@ -46,7 +46,7 @@ def test_a_sweep_over_two_rates_alone_and_under_torchrun_leaves_run_folders_only
     assert len(folders) == 2
     first = {folder.name: metrics(folder)[-1]["lr"] for folder in folders}
     assert len(set(first.values())) == 2
-    again = program(work, *TORCHRUN, "magnum_train.train", *sweep)
+    again = program(work, *TORCHRUN, "magnum_train.train", "--multirun", *sweep[:-1])
     assert again.returncode == 0, again.stderr
     assert again.stderr.count("is complete: 2 of 2 steps") == 2
 
@@ -134,6 +134,25 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     assert [entry.name for entry in (tmp_path / "run").iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.parametrize(("setting", "file"), [("run_dir", "run"), ("data.prepared_dir", "prepared")])
+def test_a_file_where_a_folder_should_be_is_refused(setting: str, file: str, tmp_path: Path) -> None:
+    line = overrides(tmp_path)
+    (tmp_path / file).write_text("in the way")
+    assert_refused(program(tmp_path, "-m", "magnum_train.train", *line), setting, str(tmp_path / file))
+
+
+def test_a_users_own_experiment_lives_in_a_folder_of_his(tmp_path: Path) -> None:
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    file = tmp_path / "mine" / "experiment" / "small.yaml"
+    file.write_text("# @package _global_\noptim:\n  lr: 7e-4\n")
+    line = ["experiment=small", "--config-dir", str(tmp_path / "mine"), "--cfg", "job"]
+    done = program(tmp_path, "-m", "magnum_train.train", *line)
+    assert done.returncode == 0, done.stderr
+    assert "lr: 0.0007" in done.stdout
+    file.write_text("optim:\n  lr: 7e-4\n")
+    assert_refused(program(tmp_path, "-m", "magnum_train.train", *line[:-2]), "@package _global_")
+
+
 def test_flash_attention_on_a_cpu_is_refused(tmp_path: Path) -> None:
     done = program(tmp_path, "-m", "magnum_train.train", *overrides(tmp_path, "model.attention=flash_attn"))
     assert_refused(done, "model.attention", "CUDA")
@@ -153,7 +172,8 @@ def test_a_prompt_is_answered_from_a_run_and_a_wrong_step_is_named(tmp_path: Pat
     environment = json.loads((run / "environment.json").read_text())[-1]
     assert environment["world_size"] == 2
     assert environment["versions"]["torch"]
-    answer = program(tmp_path, "-m", "magnum_train.chat", "weights=run@2", "prompt=Count from 3.", "max_new_tokens=5")
+    ask = "prompt=It's 1=1, isn't it?"
+    answer = program(tmp_path, "-m", "magnum_train.chat", "weights=run@2", ask, "max_new_tokens=5")
     assert answer.returncode == 0, answer.stderr
     assert "assistant" in answer.stdout
     wrong = program(tmp_path, "-m", "magnum_train.chat", "weights=run@3", "prompt=Hello", "max_new_tokens=5")

@@ -123,7 +123,7 @@ def test_too_many_losses_stop_with_the_files_that_explain_them(write_rows: Write
 
 def test_a_run_with_nothing_to_train_on_stops(write_rows: Write, run: Run) -> None:
     silent = {"messages": [{"role": "user", "content": "hi"}]}
-    with pytest.raises(DataError, match=r"no conversation is left to train on"):
+    with pytest.raises(DataError, match=r"data.sources.a: none of its 1 rows is left to train"):
         run({"a": SourceConfig(str(write_rows([silent])))})
     with pytest.raises(DataError, match=r"data.sources is empty"):
         run({})

@@ -59,7 +59,7 @@ def test_sources_are_a_map_by_name() -> None:
         ("output_dir", "run_dir"),
         ("train.learning_rate", "optim.lr"),
         ("checkpoint.every_step", "checkpoint.every_steps"),
-        ("data.sources.facts.row", "data.sources.NAME.rows"),
+        ("data.sources.facts.row", "data.sources.facts.rows"),
     ],
 )
 def test_an_unknown_key_is_answered_with_the_one_that_was_meant(typed: str, meant: str) -> None:
@@ -87,6 +87,14 @@ def test_an_unknown_key_in_a_file_is_refused_as_well(tmp_path: Path) -> None:
         ("data.pack_documents=0", "data.pack_documents"),
         ("precision=fp16", "precision"),
         ("experiment=dmo", "command line"),
+        ("experiment=null", "command line"),
+        ("optim.lr=inf", "optim.lr"),
+        ("train.max_grad_norm=nan", "train.max_grad_norm"),
+        ("data.max_loss_share=7", "data.max_loss_share"),
+        ("seed=-1", "seed"),
+        ("profile.steps=3", "profile.steps"),
+        ("data.sources.facts.rows=many", "data.sources.facts.rows"),
+        ("+data.sources.mine=5", "data.sources.mine"),
     ],
 )
 def test_a_wrong_value_is_refused_with_its_key(override: str, key: str) -> None:
@@ -145,7 +153,7 @@ def test_the_run_folder_follows_the_line() -> None:
         config.default_run_dir("demo", ["experiment=demo", lr]) for lr in ("optim.lr=1", "optim.lr=1", "optim.lr=2")
     )
     assert one == again != other
-    assert one.startswith("runs/demo-lr=1-")
+    assert one.startswith("runs/demo-lr_1-")
     assert config.default_run_dir("demo", ["experiment=demo"]) == "runs/demo"
     assert config.default_run_dir("demo", ["a.lr=1", "seed=2"]) == config.default_run_dir("demo", ["seed=2", "a.lr=1"])
     assert config.default_run_dir("demo", ["a.x=1"]) != config.default_run_dir("demo", ["b.x=1"])
@@ -173,3 +181,35 @@ def test_the_documentation_lists_what_may_change_on_resume() -> None:
     text = (Path(config.__file__).parents[1] / "docs" / "architecture.md").read_text()
     block = text.split("From `RESUMABLE`")[1].split("\n\n")[1]
     assert sorted(block.split()) == sorted(config.RESUMABLE)
+
+
+def test_a_group_without_the_name_is_answered_with_those_that_there_are() -> None:
+    with pytest.raises(ConfigError, match=r"experiment/dmo.*demo magnum_v2_12b"):
+        compose(["experiment=dmo"])
+
+
+def test_a_default_folder_can_be_typed_back_as_weights() -> None:
+    name = config.default_run_dir("demo", ["optim.lr=2e-3", "+data.sources.a={path: x, rows: 5}"])
+    assert re.fullmatch(r"runs/[A-Za-z0-9._+-]+", name)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "It's 1=1 (really)!",
+        "Hello, how are you?",
+        'She said "no"',
+        "back\\slash",
+        "\\'",
+        "end\\",
+        "${oops} $x",
+        "a: b",
+        "[1]",
+    ],
+)
+def test_a_prompt_may_be_any_text(text: str) -> None:
+    config.register()
+    with config.hydra.initialize_config_dir(str(config.CONF), version_base="1.3"):
+        node = config.hydra.compose("chat", overrides=config._overrides(["weights=runs/a=b,c", f"prompt={text}"]))
+    chat = config._frozen(config.ChatConfig, node)
+    assert (chat.prompt, chat.weights) == (text, "runs/a=b,c")

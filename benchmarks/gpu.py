@@ -81,7 +81,7 @@ GRIDS = {
         (512, 2048, None),
     ),
     "tiny": Grid(
-        TransformerConfig(dim=192, n_layers=4, n_heads=8, n_kv_heads=2, head_dim=32, hidden_dim=512, vocab_size=2048),
+        TransformerConfig(dim=128, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=48, hidden_dim=384, vocab_size=2048),
         (256, 512),
         (64, None),
     ),

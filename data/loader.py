@@ -21,7 +21,7 @@ from data.prepared import Documents
 LOSS_NORMS = ("tokens", "sequences", "micro_batch_2024")
 
 _KEPT_PACKINGS = 2
-"""Packings kept in memory: at the turn of an epoch a prefetching reader is in both."""
+"""Packings kept in memory: the ledger asks for the epoch before the one that is trained."""
 
 
 class Schedule:

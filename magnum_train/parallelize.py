@@ -68,13 +68,18 @@ def build(
     return model
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """A dtype's bare name."""
+    return str(dtype).removeprefix("torch.")
+
+
 def measured_dtypes(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
-    """The dtypes that parameters and moments really have, for the run's first lines."""
-    parameters = {str(p.dtype).removeprefix("torch.") for p in model.parameters()}
+    """The dtypes that parameters and moments really have; moments exist after the first step."""
+    parameters = {name_of(p.dtype) for p in model.parameters()}
     moments = {
-        str(value.dtype).removeprefix("torch.")
+        name_of(value.dtype)
         for state in optimizer.state.values()
         for name, value in state.items()
         if isinstance(value, torch.Tensor) and name != "step"
     }
-    return f"parameters {'/'.join(sorted(parameters))}, moments {'/'.join(sorted(moments)) or 'as the parameters'}"
+    return f"parameters {'/'.join(sorted(parameters))}, moments {'/'.join(sorted(moments))}"

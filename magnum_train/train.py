@@ -30,7 +30,7 @@ from magnum_train.distributed import HostError, Ranks
 from magnum_train.environment import environment
 from magnum_train.errors import CheckpointError, ConfigError, RunError
 from magnum_train.optim import build_optimizer, learning_rate
-from magnum_train.parallelize import build, measured_dtypes
+from magnum_train.parallelize import build, measured_dtypes, name_of
 from magnum_train.prepare import prepare_data
 from magnum_train.step import forward, losses_by_source, train_step
 from model import Transformer
@@ -181,11 +181,6 @@ def attention_backend(wanted: str, recorded: TrainState | None, device_type: str
         return choose_backend(wanted, device_type, dtype)
     except ValueError as error:
         raise ConfigError("model.attention", wanted, "a kernel that runs here", str(error)) from error
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """A dtype's bare name."""
-    return str(dtype).removeprefix("torch.")
 
 
 def divisible(packs: int, world_size: int, pack_tokens: int) -> int:

@@ -79,7 +79,7 @@ class ModelConfig:
         try:
             return TransformerConfig(**{name: getattr(self, name) for name in names})
         except ValueError as error:
-            raise ConfigError("model", str(error), "a possible architecture") from error
+            raise ConfigError.of(error) from error
 
 
 @dataclass(frozen=True)

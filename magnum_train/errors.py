@@ -1,5 +1,7 @@
 """The exceptions whose message is meant for the user. Knows nothing of the rest of the program."""
 
+import re
+
 
 class UserError(ValueError):
     """A mistake that the user can mend; printed as one message without a traceback, exit status 2.
@@ -18,6 +20,14 @@ class UserError(ValueError):
 
 class ConfigError(UserError):
     """A setting that is unknown, of the wrong type, out of range, or at odds with another."""
+
+    @classmethod
+    def of(cls, error: ValueError) -> "ConfigError":
+        """A complaint of `model`, which has the same form in plain words: "KEY: found F, expected E; remedy"."""
+        parts = re.fullmatch(r"(\S+): found (.*?), expected (.*?)(?:; (.*))?", str(error), re.DOTALL)
+        if parts is None:
+            return cls("model", str(error), "what the model can do")
+        return cls(parts[1], parts[2], parts[3], f"{parts[4][0].upper()}{parts[4][1:]}." if parts[4] else "")
 
 
 class CheckpointError(UserError):

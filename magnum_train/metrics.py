@@ -25,8 +25,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0}
-"""Dense bf16 peak of one device by a part of its name, TFLOP/s (NVIDIA's data sheets, SXM forms, no sparsity)."""
+PEAK_TFLOPS = {
+    **{"H100 PCIe": 756.0, "H100 NVL": 835.0, "H200 NVL": 835.0},
+    **{"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0},
+}
+"""Dense bf16 peak of one device by a part of its name, TFLOP/s; the first that fits (NVIDIA's data sheets)."""
 
 
 def peak_flops(device: torch.device, configured_tflops: float | None) -> float | None:

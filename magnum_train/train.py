@@ -180,7 +180,7 @@ def attention_backend(wanted: str, recorded: TrainState | None, device_type: str
     try:
         return choose_backend(wanted, device_type, dtype)
     except ValueError as error:
-        raise ConfigError("model.attention", wanted, "a kernel that runs here", str(error)) from error
+        raise ConfigError.of(error) from error
 
 
 def divisible(packs: int, world_size: int, pack_tokens: int) -> int:

@@ -87,6 +87,17 @@ def test_adam_clipping_replicas_and_checkpointing_change_nothing(tmp_path: Path)
         assert (loss2, norm2) == pytest.approx((loss, norm), rel=1e-5)
 
 
+def test_bf16_compute_keeps_float32_masters_and_follows_the_float32_run(tmp_path: Path) -> None:
+    """bf16 keeps 8 bits of a number, so losses agree to about a percent; a wrong cast or sum would be far off."""
+    exact = run_ranks(three_steps, 1, overrides(tmp_path, f"run_dir={tmp_path}/1"), False)[0]
+    line = overrides(tmp_path, f"run_dir={tmp_path}/2", "precision=bf16_mixed")
+    mixed = run_ranks(three_steps, 2, line, False)[0]
+    for (loss, norm), (loss2, norm2) in zip(exact[0], mixed[0], strict=True):
+        assert loss2 == pytest.approx(loss, rel=0.01)
+        assert norm2 == pytest.approx(norm, rel=0.05)
+    assert all(weight.dtype == torch.float32 for weight in mixed[1].values())
+
+
 def documents_alone(prepared: Prepared, model: Transformer, rows: set[int]) -> dict[int, tuple[float, Any, Any]]:
     """Each conversation by itself: row to its own weight and its tokens' (weight, cross-entropy) in float64."""
     found = {}

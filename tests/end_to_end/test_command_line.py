@@ -92,15 +92,17 @@ def test_a_broken_file_is_refused_with_its_place(fault: str, tmp_path: Path) -> 
     assert not any((tmp_path / "prepared").glob("*")) or not any((tmp_path / "prepared").glob("[!.]*"))
 
 
+UNUSABLE = [
+    {"rows": []},
+    {"messages": []},
+    {"messages": [{"role": "wizard", "content": "x"}]},
+    {"messages": [{"role": "user", "content": "nobody answers"}]},
+]
+
+
 def test_rows_that_cannot_be_used_stop_a_run_that_would_lose_too_many(tmp_path: Path) -> None:
     line = overrides(tmp_path)
-    bad = [
-        {"rows": []},
-        {"messages": []},
-        {"messages": [{"role": "wizard", "content": "x"}]},
-        {"messages": [{"role": "user", "content": "nobody answers"}]},
-    ]
-    write_rows(tmp_path / "rows.jsonl", [*uneven_rows(16), *bad])
+    write_rows(tmp_path / "rows.jsonl", [*uneven_rows(16), *UNUSABLE])
     done = program(tmp_path, "-m", "magnum_train.train", *line)
     assert_refused(done, "data.max_loss_share", "numbers")
     assert not (tmp_path / "run").exists()
@@ -108,22 +110,17 @@ def test_rows_that_cannot_be_used_stop_a_run_that_would_lose_too_many(tmp_path: 
 
 def test_rows_that_cannot_be_used_are_accounted_for_and_the_rest_trains(tmp_path: Path) -> None:
     line = overrides(tmp_path, "data.max_loss_share=0.5", "train.max_steps=2")
-    bad = [
-        {"rows": []},
-        {"messages": []},
-        {"messages": [{"role": "wizard", "content": "x"}]},
-        {"messages": [{"role": "user", "content": "nobody answers"}]},
-    ]
-    write_rows(tmp_path / "rows.jsonl", [*uneven_rows(16), *bad])
+    write_rows(tmp_path / "rows.jsonl", [*uneven_rows(16), *UNUSABLE])
     done = program(tmp_path, "-m", "magnum_train.train", *line)
     assert done.returncode == 0, done.stderr
-    ledger = json.loads((tmp_path / "run" / "ledger.json").read_text())
-    numbers = ledger["sources"]["numbers"] if "sources" in ledger else ledger["numbers"]
-    text = json.dumps(numbers)
-    assert "invalid" in text
+    ledger = json.loads((tmp_path / "run" / "ledger.json").read_text())["numbers"]
+    assert (ledger["rows"]["invalid"], ledger["rows"]["unweighted"], ledger["rows"]["packed"]) == (3, 1, 16)
+    assert ledger["reasons"] == {"empty conversation": 1, "missing field": 1, "unknown role": 1}
+    assert "numbers: 1 invalid, unknown role" in done.stderr
     [rejects] = (tmp_path / "prepared").glob("*/rejects.jsonl")
-    reasons = [json.loads(row) for row in rejects.read_text().splitlines()]
-    assert len(reasons) == 4
+    lines = rejects.read_text().splitlines()
+    assert len(lines) == 4
+    assert any("wizard" in line and "rows.jsonl" in line for line in lines)
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:

@@ -241,7 +241,7 @@ class Loader:
             world: number of ranks; the set of packs does not depend on it.
 
         Returns:
-            packs_per_step / world micro-batches, and the step's sums.
+            As many micro-batches on each rank, as few as hold the step's packs, and the step's sums.
 
         Raises:
             ValueError: `world` does not divide packs_per_step.
@@ -252,7 +252,7 @@ class Loader:
                 f"a step of {per_step} packs does not divide by {world} ranks; change tokens per step or ranks"
             )
         epoch, packs = self.schedule.locate(step)
-        return self._build(self._train, packs, rank, world, per_step // world, epoch)
+        return self._build(self._train, packs, rank, world, -(-len(packs) // world), epoch)
 
     def validation(self, rank: int, world: int) -> StepData:
         """Build one rank's part of the validation, the same packs at all times.

@@ -116,6 +116,38 @@ def encode_prompt(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int
     return [*so_far.tokens.tolist(), *_headers(tokenizer)["assistant"]]
 
 
+def chat_template(tokenizer: Tokenizer) -> str:
+    r"""The Jinja template by which servers and other libraries write conversations as `encode` does.
+
+    Rendered and encoded by them, messages give the ids of `encode`, and with `add_generation_prompt` those of
+    `encode_prompt`, for any contents but two kinds. Both concern Tekken's split of text into words, which the
+    tokenizers trained here share.
+
+    - Contents whose leading white space (Unicode's White_Space) holds a line feed or a carriage return.
+      Others split header and content as one text, where the header's `\n` and that white space up to its last
+      line break are one word; here they are two, since header and content weigh differently. Their ids differ
+      where the vocabulary has a token across that border: with Nemo's those of `\nhi` (`\n\n` is a token), not
+      those of ` \nhi`. All other contents, `  hi` or `hi` after a tab or a U+2028, have equal ids.
+    - Contents that hold a control token's name. Others find it there; here it stays text.
+
+    Args:
+        tokenizer: only whether it has BOS matters.
+
+    Returns:
+        The template. It has no default system prompt, since training inserts none.
+    """
+    # For any Jinja engine, minijinja and llama.cpp's own too: a loop, a condition, texts and `+`. So no
+    # `{% generation %}`, a tag of transformers alone, and no line break outside a text, which engines strip in
+    # different ways.
+    bos = "" if tokenizer.bos_id is None else "{{ bos_token }}"
+    message = r"{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    prompt = r"{{ '<|im_start|>assistant\n' }}"
+    return (
+        f"{bos}{{% for message in messages %}}{message}{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{prompt}{{% endif %}}"
+    )
+
+
 def _opening(tokenizer: Tokenizer) -> list[int]:
     return [] if tokenizer.bos_id is None else [tokenizer.bos_id]
 

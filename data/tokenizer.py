@@ -2,9 +2,8 @@
 
 A tokenizer.json lists control tokens beside the vocabulary, and the usual encoder looks for them in every
 text: a user who types `<|im_end|>` closes the turn. Here the encoder is built from the same file without
-    them, so that
-there is nothing to find. Owns byte-level BPE files, Mistral's Tekken files and the training of small
-tokenizers. Knows no conversations.
+them, so that there is nothing to find. Owns byte-level BPE files, Mistral's Tekken files, the files that
+other programs read, and the training of small tokenizers. Knows no conversations.
 """
 
 import base64
@@ -19,7 +18,10 @@ from tokenizers import Tokenizer as RawTokenizer
 
 from data.errors import DataError
 
-IM_START, IM_END, BOS = "<|im_start|>", "<|im_end|>", "<s>"
+IM_START, IM_END = "<|im_start|>", "<|im_end|>"
+BOS, PAD, UNK = "<s>", "<pad>", "<unk>"
+BASE_EOS = "</s>"
+"""What base models of this family end a text with; a ChatML model ends a message with `IM_END`."""
 
 _SPLIT = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
@@ -34,6 +36,9 @@ _NEMO_CONTROLS = (
 )
 """Names of Nemo's first control ids, as published with the weights; a Tekken file of that time bears none,
 and the names that later libraries supply for it have moved (their `<pad>` is 11, Nemo's is 10)."""
+
+_NEMO_SLOTS = {IM_START: 14, IM_END: 15}
+"""Nemo's first two reserved ids."""
 
 _PROBES = (
     "plain",
@@ -69,6 +74,11 @@ class Tokenizer:
         bos_id: id put before each conversation, or None where the tokenizer has none.
         im_start_id: id that opens a message.
         im_end_id: id that closes a message.
+        eos_id: the same, by the name that configuration files use.
+        stop_ids: ids at which generation stops: `eos_id`, and `</s>` where there is one, since a base model
+            may still end a text with it.
+        pad_id: id for padding, never one that is trained; None where the tokenizer has none.
+        unk_id: id of `<unk>`, which no text yields; None where the tokenizer has none.
         controls: name → id of each control token.
         control_ids: their ids.
         digest: sha256 (hex) of all that decides what ids a text gets; the same for equal tokenizers, whatever
@@ -99,6 +109,11 @@ class Tokenizer:
         self._names = {id_: name for name, id_ in self.controls.items()}
         self.im_start_id, self.im_end_id = self.controls[IM_START], self.controls[IM_END]
         self.bos_id = None if bos is None else self.controls[bos]
+        self.eos_id = self.im_end_id
+        self.stop_ids = [self.eos_id, *([self.controls[BASE_EOS]] if BASE_EOS in self.controls else [])]
+        self.unk_id = self.controls.get(UNK)
+        # Never im_end: trainers leave padding out of the loss by its id, and the stop token would go with it.
+        self.pad_id = next((self.controls[name] for name in (PAD, UNK, BASE_EOS) if name in self.controls), None)
         self.vocab_size = 1 + max(max(vocab.values(), default=0), max(self.control_ids))
 
         # With ignore_merges a whole word is looked up in the vocabulary, so a control token must not stand
@@ -115,7 +130,7 @@ class Tokenizer:
         merges = [m.split(" ") if isinstance(m, str) else list(m) for m in model.get("merges") or ()]
         if gone:
             merges = [m for m in merges if not gone.intersection((*m, "".join(m)))]
-        plain = {
+        plain: dict[str, Any] = {
             "version": "1.0",
             "normalizer": spec.get("normalizer"),
             "pre_tokenizer": spec.get("pre_tokenizer"),
@@ -155,33 +170,46 @@ class Tokenizer:
 
     @classmethod
     def from_file(
-        cls, path: str | Path, *, im_start_slot: int | None = None, im_end_slot: int | None = None
+        cls,
+        path: str | Path,
+        *,
+        im_start_slot: int | None = None,
+        im_end_slot: int | None = None,
+        append: bool = False,
     ) -> "Tokenizer":
-        """Read a tokenizer.json, or a Tekken file of Mistral-Nemo (told apart by content).
+        """Read a tokenizer.json, a Tekken file of Mistral-Nemo (told apart by content), or a model's folder.
 
         BOS is `bos_token` of a tokenizer_config.json beside the file where that names one (or null: none),
         else `<s>` where that is a control token.
 
         Args:
-            path: the file.
+            path: the file, or a folder that holds tokenizer.json or else tekken.json.
             im_start_slot: reserved id to rename to `<|im_start|>`, where the file has none; a Tekken file
                 uses 14.
             im_end_slot: the same for `<|im_end|>`; a Tekken file uses 15.
+            append: where the file lacks a ChatML token, give it the next free id instead of a slot. The
+                embedding has to grow by as many rows.
 
         Returns:
             The tokenizer.
 
         Raises:
-            DataError: the file is not there, not a tokenizer, or has no ChatML tokens and no slots were
-                named.
+            DataError: the file is not there, not a tokenizer, or has no ChatML tokens and neither slots nor
+                `append` were given, or both were.
         """
-        path = Path(path)
+        path = _file_of(Path(path))
+        slots = {IM_START: im_start_slot, IM_END: im_end_slot}
+        if append and any(slot is not None for slot in slots.values()):
+            raise DataError(
+                f"{path}: append is set, and so is im_start_slot ({im_start_slot}) or im_end_slot ({im_end_slot}); a "
+                "ChatML token has either a new id or a reserved one: set append, or name slots"
+            )
         spec = _read_json(path)
         if isinstance(spec.get("vocab"), list) and isinstance(spec.get("config"), dict):
             spec = _from_tekken(spec, path)
-            im_start_slot = 14 if im_start_slot is None else im_start_slot
-            im_end_slot = 15 if im_end_slot is None else im_end_slot
-        spec = _with_slots(spec, path, {IM_START: im_start_slot, IM_END: im_end_slot})
+            if not append:
+                slots = {name: _NEMO_SLOTS[name] if slot is None else slot for name, slot in slots.items()}
+        spec = _with_chatml(spec, path, slots, append)
         bos: str | None = BOS if any(t["content"] == BOS for t in spec.get("added_tokens") or ()) else None
         config_path = path.with_name("tokenizer_config.json")
         if config_path.is_file():
@@ -200,26 +228,76 @@ class Tokenizer:
                 absence would mean.
         """
         path = Path(path)
-        spec = json.loads(json.dumps(self._spec))
+        _write_json(path, self._contents())
+        bos = self._name(self.bos_id)
+        if bos != (BOS if BOS in self.controls else None):
+            _write_json(path.with_name("tokenizer_config.json"), {"bos_token": bos})
+
+    def export(self, folder: Path, *, max_length: int | None) -> None:
+        """Write what transformers (4.4x and 5.x), vLLM and llama.cpp's converter read of a tokenizer.
+
+        `from_file(folder)` gives an equal tokenizer back. A tekken.json must not lie there: with
+        mistral-common installed, transformers would take it and pass over all that is written here.
+
+        Args:
+            folder: an existing folder; receives tokenizer.json, tokenizer_config.json,
+                special_tokens_map.json and chat_template.jinja.
+            max_length: the longest text in tokens that the model was made for; None where that is unknown.
+        """
+        from data.chatml import chat_template  # it imports this module
+
+        contents = self._contents()
+        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id, "unk_token": self.unk_id}
+        names = {key: self._name(id_) for key, id_ in ids.items() if id_ is not None}
+        template = chat_template(self)
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": None,  # where there is none; its absence would mean <s>
+            **names,
+            # transformers goes by tokenizer.json, llama.cpp's converter by these.
+            "add_bos_token": self.bos_id is not None,
+            "add_eos_token": False,
+            "added_tokens_decoder": {
+                str(token["id"]): {key: value for key, value in token.items() if key != "id"}
+                for token in contents["added_tokens"]
+            },
+            "clean_up_tokenization_spaces": False,
+            **({} if max_length is None else {"model_max_length": max_length}),
+            "chat_template": template,  # transformers 4.46 reads no chat_template.jinja
+        }
+        _write_json(folder / "tokenizer.json", contents)
+        _write_json(folder / "tokenizer_config.json", config, indent=2)
+        _write_json(folder / "special_tokens_map.json", names, indent=2)
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+    def _contents(self) -> dict[str, Any]:
+        """The tokenizer.json of this tokenizer: of the file that it came from, only what decides ids is left."""
+        model = self._spec["model"]
+        # Pairs as one text: tokenizers before 0.20 knows no other form. It cannot hold a blank inside a token.
+        if not any(" " in token for merge in model["merges"] for token in merge):
+            model = {**model, "merges": [" ".join(merge) for merge in model["merges"]]}
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
         in_order = sorted(self.controls.items(), key=lambda item: item[1])
-        spec["added_tokens"] = [{"id": id_, "content": name, **flags} for name, id_ in in_order]
-        spec["model"]["vocab"] |= self.controls
-        bos = None if self.bos_id is None else self._names[self.bos_id]
-        if bos is not None:
+        contents = {
+            **self._spec,
+            "added_tokens": [{"id": id_, "content": name, **flags} for name, id_ in in_order],
+            "model": {**model, "vocab": model["vocab"] | self.controls},
+        }
+        if (bos := self._name(self.bos_id)) is not None:
             first, text, pair = (
                 {kind: {"id": id_, "type_id": type_}}
                 for kind, id_, type_ in (("SpecialToken", bos, 0), ("Sequence", "A", 0), ("Sequence", "B", 1))
             )
-            spec["post_processor"] = {
+            contents["post_processor"] = {
                 "type": "TemplateProcessing",
                 "single": [first, text],
                 "pair": [first, text, pair],
                 "special_tokens": {bos: {"id": bos, "ids": [self.bos_id], "tokens": [bos]}},
             }
-        path.write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
-        if bos != (BOS if BOS in self.controls else None):
-            path.with_name("tokenizer_config.json").write_text(json.dumps({"bos_token": bos}), encoding="utf-8")
+        return contents
+
+    def _name(self, id_: int | None) -> str | None:
+        return None if id_ is None else self._names[id_]
 
     def encode(self, text: str) -> list[int]:
         """Encode text; never yields a control token.
@@ -299,7 +377,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     Raises:
         DataError: too small a number, or too little text to learn so many.
     """
-    controls = [BOS, "</s>", "<pad>", IM_START, IM_END]
+    controls = [BOS, BASE_EOS, PAD, IM_START, IM_END]
     least = len(controls) + 256
     if vocab_size < least:
         raise DataError(
@@ -373,30 +451,54 @@ def _from_tekken(tekken: Mapping[str, Any], path: Path) -> dict[str, Any]:
     }
 
 
-def _with_slots(spec: dict[str, Any], path: Path, slots: Mapping[str, int | None]) -> dict[str, Any]:
-    """Rename reserved control ids to the ChatML names, where the file has none."""
+def _with_chatml(spec: dict[str, Any], path: Path, slots: Mapping[str, int | None], append: bool) -> dict[str, Any]:
+    """Rename reserved control ids to the ChatML names where the file has none, or append new ones."""
     added = [dict(token) for token in spec.get("added_tokens") or ()]
     model = _model_of(spec, str(path))
     vocab = dict(model["vocab"])
     ids = {token["content"]: token["id"] for token in added}
+    free = 1 + max([*vocab.values(), *ids.values()], default=-1)
     for name, slot in slots.items():
         here = ids.get(name, vocab.get(name))
         if here is not None:
             if slot not in (None, here):
                 raise DataError(f"{path}: {name} is already id {here}; leave its slot unset instead of {slot}")
             continue
+        if append:
+            added.append({"id": free, "content": name})
+            free += 1
+            continue
         reserved = [token for token in added if token["id"] == slot]
         if slot is None or not reserved or reserved[0]["content"] in (BOS, IM_START, IM_END):
             found = "no slot was named" if slot is None else f"slot {slot} is no reserved control token"
             raise DataError(
                 f"{path}: no control token {name}, and {found}; name a reserved id for it (im_start_slot, "
-                f"im_end_slot), one of {_some({t['content']: t['id'] for t in added})}"
+                f"im_end_slot), one of {_some({t['content']: t['id'] for t in added})}; or set append, which "
+                "adds a new id"
             )
         old = reserved[0]["content"]
         reserved[0]["content"] = name
         if old in vocab:
             vocab[name] = vocab.pop(old)
     return {**spec, "added_tokens": added, "model": {**model, "vocab": vocab}}
+
+
+def _file_of(path: Path) -> Path:
+    """The file to read: `path`, or the one in a model's folder."""
+    if not path.is_dir():
+        return path
+    for name in ("tokenizer.json", "tekken.json"):  # a downloaded Nemo has both, alike
+        if (path / name).is_file():
+            return path / name
+    if (path / "tokenizer.model").is_file():
+        raise DataError(
+            f"{path}: no tokenizer.json or tekken.json, only a SentencePiece tokenizer.model, which is no byte-level "
+            "BPE and cannot be read; expected a model of the Nemo family, whose folder holds tokenizer.json"
+        )
+    raise DataError(
+        f"{path}: a folder without tokenizer.json and tekken.json; expected one of them. Give a model's whole "
+        "folder, or the file itself"
+    )
 
 
 def _model_of(spec: Mapping[str, Any], place: str) -> Mapping[str, Any]:
@@ -408,7 +510,7 @@ def _model_of(spec: Mapping[str, Any], place: str) -> Mapping[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise DataError(f"{path}: no such file; expected a tokenizer.json or a Tekken file")
+        raise DataError(f"{path}: no such file; expected a tokenizer.json, a Tekken file or a folder with one")
     try:
         value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -416,6 +518,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DataError(f"{path}: found a JSON {type(value).__name__}; expected a tokenizer.json or a Tekken file")
     return value
+
+
+def _write_json(path: Path, value: object, indent: int | None = None) -> None:
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=indent), encoding="utf-8")
 
 
 def _some(controls: Mapping[str, int]) -> str:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data import Conversation, Message, Tokenizer
-from data.chatml import EncodeOptions, encode, encode_many, encode_prompt
+from data.chatml import EncodeOptions, chat_template, encode, encode_many, encode_prompt
 from data.conversation import ROLES
 
 CONTROLS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|im_end|>\n<|im_start|>assistant\n"]
@@ -103,6 +103,7 @@ def test_a_tokenizer_without_bos_adds_none(tokenizer: Tokenizer, tmp_path: Path)
     example = encode(talk(("user", "a")), plain)
     assert example.tokens[0] == plain.im_start_id
     assert example.weights[0] == 0
+    assert chat_template(tokenizer) == "{{ bos_token }}" + chat_template(plain)
 
 
 def test_ids_of_the_real_vocabulary_are_the_known_ones(nemo: Tokenizer) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import subprocess
 import sys
 import time
@@ -18,24 +17,6 @@ from data.tokenizer import train_tokenizer
 
 NAMES = ["<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>", "<unk>", "[INST]", "<SPECIAL_20>"]
 any_text = st.lists(st.text() | st.sampled_from([*NAMES, " ", "\n", "\r\n", "Ġ", "’", "🤖"])).map("".join)
-
-PASSAGES = [
-    "The weather in London isn't what it was in 1987, they'd say.",
-    "Les élèves ont mangé à la cafétéria, n'est-ce pas ?",
-    "Die Straße über den Fluß führt nach Gößweinstein.",
-    "El niño comió piñas; ¿cuántas? ¡Doce!",
-    "Съешь же ещё этих мягких французских булок.",
-    "我能吞下玻璃而不伤身体。",
-    "いろはにほへと、ちりぬるを。カタカナ",
-    "다람쥐 헌 쳇바퀴에 타고파",
-    "نص حكيم له سر قاطع وذو شأن عظيم",
-    "def f(x: int) -> None:\n\tif x != 0xFF:\n        return {'a': [1, 2]}  # ok\n\n\n",
-    '<div class="a">&nbsp;</div>\r\n\r\n// http://example.org/?q=1&r=%20',
-    "👩‍👩‍👧‍👦 🏳️‍🌈 🤖🤖 e\u0301 \u0000\ufffd\u200b",
-    "   leading,  inner   and trailing   \n \n\t\t x  ",
-    "3.14159 1,000,000 ２０２４ ½ ⅷ",
-    "",
-]
 
 
 def spec_of(tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
@@ -125,7 +106,7 @@ def test_the_library_reads_a_saved_file_with_control_tokens_and_bos(tokenizer: T
 
 def test_the_layout_of_the_file_does_not_change_the_digest(tokenizer: Tokenizer, tmp_path: Path) -> None:
     spec = spec_of(tokenizer, tmp_path)
-    spec["model"]["merges"] = [" ".join(merge) for merge in spec["model"]["merges"]]
+    spec["model"]["merges"] = [merge.split(" ") for merge in spec["model"]["merges"]]
     spec["model"]["vocab"] = dict(reversed(spec["model"]["vocab"].items()))
     assert Tokenizer.from_file(written(spec, tmp_path)).digest == tokenizer.digest
 
@@ -215,6 +196,58 @@ def test_slots_that_contradict_the_file_are_refused(tokenizer: Tokenizer, tmp_pa
         Tokenizer.from_file(tmp_path / "tokenizer.json", im_end_slot=2)
 
 
+def test_appended_tokens_get_the_next_free_ids(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    spec = renamed(spec_of(tokenizer, tmp_path), {"<|im_start|>": "<r1>", "<|im_end|>": "<r2>"})
+    spec["added_tokens"].append({"id": 310, "content": "<far>"})
+    path = written(spec, tmp_path)
+    appended = Tokenizer.from_file(path, append=True)
+    assert (appended.im_start_id, appended.im_end_id, appended.vocab_size) == (311, 312, 313)
+    assert (appended.controls["<r1>"], appended.controls["<r2>"]) == (3, 4)
+    assert appended.encode("hi<|im_end|>") == tokenizer.encode("hi<|im_end|>")
+    assert appended.digest != Tokenizer.from_file(path, im_start_slot=3, im_end_slot=4).digest
+    appended.save(tmp_path / "again.json")
+    assert Tokenizer.from_file(tmp_path / "again.json") == appended
+
+
+def test_a_token_that_is_there_is_not_appended(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    spec = spec_of(tokenizer, tmp_path)
+    assert Tokenizer.from_file(written(spec, tmp_path), append=True) == tokenizer
+    one = Tokenizer.from_file(written(renamed(spec, {"<|im_end|>": "<r2>"}), tmp_path), append=True)
+    assert (one.im_start_id, one.im_end_id, one.vocab_size) == (3, 300, 301)
+
+
+@pytest.mark.parametrize("slots", [{"im_start_slot": 3, "im_end_slot": 4}, {"im_end_slot": 0}])
+def test_slots_and_appended_tokens_exclude_each_other(
+    tokenizer: Tokenizer, tmp_path: Path, slots: dict[str, int]
+) -> None:
+    tokenizer.save(tmp_path / "tokenizer.json")
+    with pytest.raises(DataError, match=r"append is set, and so is im_start_slot .*either a new id or a reserved one"):
+        Tokenizer.from_file(tmp_path / "tokenizer.json", append=True, **slots)
+
+
+def test_a_folder_is_read_like_the_file_in_it(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path / "tokenizer.json")
+    (tmp_path / "tekken.json").write_text("not read")
+    assert Tokenizer.from_file(tmp_path) == tokenizer
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": null}')
+    assert Tokenizer.from_file(tmp_path).bos_id is None
+
+
+def test_a_folder_with_a_tekken_file_alone_is_read(nemo: Tokenizer, tekken_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "tekken.json").symlink_to(tekken_file)
+    (tmp_path / "tokenizer.model").touch()
+    assert Tokenizer.from_file(tmp_path) == nemo
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"without tokenizer.json and tekken.json; expected one of them") as caught:
+        Tokenizer.from_file(tmp_path)
+    assert str(caught.value).startswith(str(tmp_path))
+    (tmp_path / "tokenizer.model").touch()
+    with pytest.raises(DataError, match=r"only a SentencePiece tokenizer.model, which is no byte-level BPE"):
+        Tokenizer.from_file(tmp_path)
+
+
 def test_training_gives_exactly_the_size_and_the_control_tokens_first(tokenizer: Tokenizer) -> None:
     assert tokenizer.vocab_size == 300
     assert list(tokenizer.controls.items()) == list(zip(NAMES[:5], range(5), strict=True))
@@ -263,18 +296,6 @@ def test_tekken_is_converted_in_seconds(tekken_file: Path) -> None:
     start = time.process_time()
     Tokenizer.from_file(tekken_file)
     assert time.process_time() - start < 8  # about 2 where nothing else runs
-
-
-def test_tekken_gives_the_ids_of_mistral_common(nemo: Tokenizer, tekken_file: Path) -> None:
-    tekken = pytest.importorskip("mistral_common.tokens.tokenizers.tekken")
-    reference = tekken.Tekkenizer.from_file(str(tekken_file))
-    rng = random.Random(7)
-    ranges = [(32, 127), (0xA0, 0x250), (0x370, 0x530), (0x600, 0x700), (0x3040, 0x30FF), (0x4E00, 0x9FFF)]
-    ranges += [(0x1F300, 0x1F6FF), (9, 14), (0x2000, 0x2070)]
-    noise = ["".join(chr(rng.randrange(*rng.choice(ranges))) for _ in range(60)) for _ in range(200)]
-    blanks = ["".join(rng.choice(" \n\r\t\u00a0a1.") for _ in range(40)) for _ in range(100)]
-    for text in [*PASSAGES, *noise, *blanks, *NAMES]:
-        assert nemo.encode(text) == reference.encode(text, bos=False, eos=False), repr(text)
 
 
 def test_a_tekken_file_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -5,20 +5,22 @@ tokenizers, templates or ranks; a sharded parameter (DTensor) is filled with its
 nothing more. The rotary convention is the same on both sides, so no weight is permuted.
 """
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from model.config import TransformerConfig, parameter_shapes
 from model.transformer import Transformer
@@ -56,6 +58,11 @@ _FIELDS = {
 }
 
 INDEX = "model.safetensors.index.json"
+MAX_SHARD_BYTES = 5 * 10**9  # as published: five files for the 12B in bfloat16
+# The most bytes of a file that are in memory at once while a parameter is filled.
+PIECE_BYTES = 2**28
+# Safetensors' names for the dtypes that weights come in.
+_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
 def hf_name(name: str) -> str:
@@ -147,42 +154,183 @@ def config_to_hf(config: TransformerConfig, dtype: torch.dtype) -> dict[str, Any
     }
 
 
+class HFFolder:
+    """A checkpoint in Hugging Face's layout, whose tensors are read piece by piece under our names.
+
+    Opening it reads the configuration and the headers, and checks all that they say: nothing is copied out of a folder
+    of which a part is missing, surplus, misshapen, of a strange dtype or cut short. Safetensors files alone are
+    opened; nothing is ever unpickled.
+
+    Attributes:
+        path: The folder.
+        fields: Its `config.json`.
+        config: The network that it describes.
+        dtype: Of every tensor.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Open and check.
+
+        Args:
+            path: With `config.json` and `model.safetensors`, or shards and their index.
+
+        Raises:
+            ValueError: A file is absent or unreadable, or the files do not hold exactly the network that `config.json`
+                describes. Names the file or the tensor.
+        """
+        self.path = Path(path)
+        self.fields = _read_json(self.path / "config.json", "the configuration beside the weights")
+        try:
+            self.config = config_from_hf(self.fields)
+        except ValueError as error:
+            raise ValueError(str(error).replace("config.json", str(self.path / "config.json"), 1)) from error
+        headers = {file: _header(file, names) for file, names in _weight_files(self.path).items()}
+        self._file: dict[str, Path] = {}
+        for file, tensors in headers.items():
+            for name in tensors:
+                if name in self._file:
+                    raise ValueError(
+                        f"{self.path}: found {name} in {self._file[name].name} and {file.name}, expected it once"
+                    )
+                self._file[name] = file
+        self.dtype = self._check({name: tensors[name] for tensors in headers.values() for name in tensors})
+
+    def _check(self, found: Mapping[str, tuple[tuple[int, ...], str]]) -> torch.dtype:
+        """Names and shapes must be exactly those of the network; the dtype one of three, declared and equal."""
+        expected = {hf_name(name): shape for name, shape in parameter_shapes(self.config).items()}
+        if missing := sorted(expected.keys() - found.keys()):
+            raise ValueError(f"{self.path}: found no {_some(missing)}, expected {len(expected)} parameters")
+        if surplus := sorted(found.keys() - expected.keys()):
+            places = [f"{name} (in {self._file[name].name})" for name in surplus]
+            raise ValueError(f"{self.path}: found {_some(places)}, expected no tensor that the network does not have")
+        misshapen = [
+            f"{name} of shape {list(found[name][0])} in {self._file[name].name}, expected {list(shape)}"
+            for name, shape in expected.items()
+            if found[name][0] != shape
+        ]
+        if misshapen:
+            raise ValueError(f"{self.path}: found {_some(misshapen)}")
+        declared = str(self.fields.get("torch_dtype") or self.fields.get("dtype")).removeprefix("torch.")
+        wanted = declared if declared in _DTYPES.values() else _DTYPES.get(found["model.norm.weight"][1], "bfloat16")
+        strange = [
+            f"{name} of dtype {code} in {self._file[name].name}"
+            for name, (_, code) in found.items()
+            if _DTYPES.get(code) != wanted
+        ]
+        if strange:
+            says = " as config.json says (torch_dtype)" if declared == wanted else ""
+            raise ValueError(
+                f"{self.path}: found {_some(strange)}, expected {wanted} in every tensor{says}; "
+                f"weights are {', '.join(_DTYPES.values())}, neither quantised nor mixed"
+            )
+        dtype: torch.dtype = getattr(torch, wanted)
+        return dtype
+
+    def read(self, name: str, region: tuple[slice, ...] = ()) -> Tensor:
+        """One parameter, or a region of it.
+
+        Args:
+            name: Ours.
+            region: A slice of each leading dimension; all by default.
+
+        Returns:
+            In the file's dtype, on the CPU; its pages are read from the file when they are first used.
+
+        Raises:
+            ValueError: The file cannot be read.
+        """
+        file, name = self._file[hf_name(name)], hf_name(name)
+        with _opened(file) as opened:
+            tensor: Tensor = opened.get_slice(name)[region] if region else opened.get_tensor(name)
+        return tensor
+
+    @torch.no_grad()
+    def copy_to(self, name: str, target: Tensor, offset: Sequence[int] | None = None) -> None:
+        """Fill a tensor with a parameter's values, or with the region of it that begins at `offset`.
+
+        The file is opened anew for every piece, because a mapped page stays in memory until its file is closed.
+
+        Args:
+            name: Ours.
+            target: Of any dtype and device.
+            offset: Where the region begins in the whole parameter; by default at its origin.
+        """
+        begins = list(offset) if offset is not None else [0] * target.dim()
+        if target.numel() == 0:
+            return
+        row_bytes = target[0].numel() * self.dtype.itemsize
+        rows = max(1, PIECE_BYTES // max(1, row_bytes))
+        for first in range(0, target.shape[0], rows):
+            piece = target[first : first + rows]
+            starts = [begins[0] + first, *begins[1:]]
+            piece.copy_(self.read(name, tuple(slice(b, b + n) for b, n in zip(starts, piece.shape, strict=True))))
+
+
 @torch.no_grad()
-def load_hf(model: Transformer, folder: str | Path) -> None:
+def load_hf(model: Transformer, folder: str | Path | HFFolder, *, new_rows: bool = False) -> None:
     """Copy a checkpoint in Hugging Face's layout into the model's parameters.
 
-    Everything is checked before anything is copied: the configuration, then names and shapes from the files'
-    headers. The parameters keep their own dtype and device. Tensors are read one at a time.
+    Everything is checked before anything is copied. The parameters keep their own dtype and device. A sharded
+    parameter reads its own region of the file and nothing else, so host memory holds one piece (`PIECE_BYTES`) beside
+    the model, however large the checkpoint.
 
     Args:
-        model: Plain or sharded; a DTensor parameter takes only its slice, without communication.
-        folder: With `config.json` and `model.safetensors`, or shards and their index.
+        model: Plain or sharded, on any device but meta; a DTensor takes its region without communication.
+        folder: A path, or a folder already opened.
+        new_rows: Whether the model may have a larger vocabulary than the checkpoint; its further rows become 0, for the
+            caller to set.
 
     Raises:
-        ValueError: A file is absent or unreadable, the shape of the network is another, or a parameter is
-            missing, surplus or misshapen.
+        ValueError: The folder does not hold the model's network; see `HFFolder`.
     """
-    folder = Path(folder)
-    _check_config(model.config, folder)
-    found: dict[str, tuple[Path, tuple[int, ...]]] = {}
-    for path in _weight_files(folder):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  # not a dict
-                if name in found:
-                    raise ValueError(
-                        f"{folder}: found {name} in {found[name][0].name} and {path.name}, expected it once"
-                    )
-                found[name] = path, tuple(file.get_slice(name).get_shape())
-    _check_shapes(model.config, {name: shape for name, (_, shape) in found.items()}, folder)
+    folder = folder if isinstance(folder, HFFolder) else HFFolder(folder)
+    check_same_network(model.config, folder, new_rows=new_rows)
+    shapes = parameter_shapes(folder.config)
+    for name, parameter in _parameters(model).items():
+        local, begins = local_region(parameter)
+        held = max(0, min(local.shape[0], shapes[name][0] - begins[0]))
+        folder.copy_to(name, local[:held], begins)
+        local[held:].zero_()
 
-    parameters = _parameters(model)
-    for path in sorted({path for path, _ in found.values()}):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                parameter, value = parameters[our_name(name)], file.get_tensor(name)
-                if isinstance(parameter, DTensor):
-                    value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-                parameter.copy_(value)
+
+def check_same_network(config: TransformerConfig, folder: HFFolder, *, new_rows: bool = False) -> None:
+    """The shape of the network must be that of the weights: an epsilon that differs shows in no tensor.
+
+    Args:
+        config: The model's.
+        folder: The weights.
+        new_rows: Whether the model's vocabulary may be larger.
+
+    Raises:
+        ValueError: Naming each field that differs, with both values.
+    """
+    theirs = vars(folder.config)
+    differing = [
+        f"{name} {theirs[name]} in the file, {value} in the model"
+        for name, value in vars(config).items()
+        if theirs[name] != value and not (name == "vocab_size" and new_rows and value > theirs[name])
+    ]
+    if differing:
+        raise ValueError(
+            f"{folder.path / 'config.json'}: found {'; '.join(differing)}, expected equal values; "
+            "set model.* as in the file, or take all from it with model=from_weights"
+        )
+
+
+def local_region(parameter: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """What this process holds of a parameter, and where that begins in the whole.
+
+    Args:
+        parameter: Plain or a DTensor.
+
+    Returns:
+        The local tensor, sharing memory with the parameter, and an offset in each dimension.
+    """
+    value = parameter.detach()
+    if not isinstance(value, DTensor):
+        return value, (0,) * value.dim()
+    _, begins = compute_local_shape_and_global_offset(value.shape, value.device_mesh, value.placements)
+    return value.to_local(), tuple(begins)
 
 
 def save_hf(
@@ -190,14 +338,14 @@ def save_hf(
     folder: str | Path,
     *,
     dtype: torch.dtype | None = None,
-    max_shard_bytes: int = 5 * 10**9,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
     fields: Mapping[str, Any] | None = None,
     write: bool = True,
 ) -> None:
     """Write the model as a folder that transformers loads.
 
-    The folder appears under its name when it is complete: files are written beside it and moved at the end.
-    Parameters are gathered and written shard by shard, so no more than one shard is held in memory.
+    The folder appears under its name when it is complete. Parameters are gathered and written shard by shard, so no
+    more than one shard is held in memory.
 
     Args:
         model: Plain or sharded; where sharded, every rank calls, and all but one pass `write=False`.
@@ -208,41 +356,94 @@ def save_hf(
         write: Whether this caller writes what it gathers.
 
     Raises:
-        ValueError: The folder exists.
+        ValueError: The folder exists, or cannot be written.
     """
-    folder = Path(folder)
     parameters = _parameters(model)
     dtype = dtype or parameters["output.weight"].dtype
-    shapes = parameter_shapes(model.config)
-    shards = _plan_shards(shapes, dtype.itemsize, max_shard_bytes)
+    if not write:
+        for name in parameter_shapes(model.config):
+            _whole(parameters[name])
+        return
+    with written_aside(folder) as aside:
+        write_weights(aside, model.config, dtype, lambda name: _whole(parameters[name]), max_shard_bytes)
+        write_json(aside / "config.json", config_to_hf(model.config, dtype) | dict(fields or {}))
+
+
+@contextlib.contextmanager
+def written_aside(folder: str | Path) -> Iterator[Path]:
+    """A folder to fill, which gets its name when it is complete, and is gone if that fails.
+
+    Args:
+        folder: The name; must not exist.
+
+    Yields:
+        An empty folder beside it. Its files are forced to disk before the one rename that makes them visible.
+
+    Raises:
+        ValueError: The folder exists, or the disk is full or refuses; names the place.
+    """
+    folder = Path(folder)
+    if folder.exists() or folder.is_symlink():
+        raise ValueError(f"{folder}: found it there already, expected none; name another, or move it away")
+    aside = folder.with_name(f".{folder.name}.partial")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)  # what a killed process has left
+        aside.mkdir(parents=True)
+        yield aside
+        for path in (*aside.iterdir(), aside):
+            _sync(path)
+        os.replace(aside, folder)  # noqa: PTH105  # a rename that a reader sees as one step
+        _sync(folder.parent)
+    except OSError as error:
+        place = error.filename or folder
+        raise ValueError(f"{place}: found {error.strerror or error}, expected to write {folder} there") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_weights(
+    folder: Path,
+    config: TransformerConfig,
+    dtype: torch.dtype,
+    read: Callable[[str], Tensor],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write safetensors files, and their index where there are several.
+
+    Args:
+        folder: Exists.
+        config: Which parameters there are.
+        dtype: Of the saved weights.
+        read: A parameter's whole value by our name; called once for each, in the network's order.
+        max_shard_bytes: The most bytes in a file, a single larger tensor aside; so much is held in memory.
+
+    Raises:
+        ValueError: A file cannot be written.
+    """
+    shapes = parameter_shapes(config)
+    shards = plan_shards(shapes, dtype.itemsize, max_shard_bytes)
     files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     if len(shards) == 1:
         files = ["model.safetensors"]
-
-    aside = folder.with_name(f".{folder.name}.partial")
-    if write:
-        if folder.exists():
-            raise ValueError(f"{folder}: found a folder, expected none; name another, or move it away")
-        shutil.rmtree(aside, ignore_errors=True)  # what an interrupted save has left
-        aside.mkdir(parents=True)
     for file, names in zip(files, shards, strict=True):
-        tensors: dict[str, Tensor] = {}
-        for name in names:
-            value = _whole(parameters[name])
-            if write:
-                tensors[hf_name(name)] = value.to("cpu", dtype).contiguous()
-        if write:
-            save_file(tensors, aside / file, metadata={"format": "pt"})
-    if not write:
-        return
-
+        tensors = {hf_name(name): read(name).to("cpu", dtype).contiguous() for name in names}
+        try:
+            save_file(tensors, folder / file, metadata={"format": "pt"})  # transformers asks for the format
+            (folder / file).chmod(folder.stat().st_mode & 0o666)  # the library's own would lock other users out
+        except SafetensorError as error:
+            reason = str(error).rpartition(": ")[2]  # what the system said
+            raise ValueError(f"{folder / file}: found {reason}, expected room to write it; free some space") from error
+        del tensors  # before the next shard is read
     if len(shards) > 1:
         total = sum(prod(shape) for shape in shapes.values())
         weight_map = {hf_name(name): file for file, names in zip(files, shards, strict=True) for name in names}
         metadata = {"total_parameters": total, "total_size": total * dtype.itemsize}
-        _write_json(aside / INDEX, {"metadata": metadata, "weight_map": weight_map})
-    _write_json(aside / "config.json", config_to_hf(model.config, dtype) | dict(fields or {}))
-    os.replace(aside, folder)  # noqa: PTH105  # a rename that a reader sees as one step
+        write_json(folder / INDEX, {"metadata": metadata, "weight_map": weight_map})
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object as people read it."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _parameters(model: Transformer) -> dict[str, Tensor]:
@@ -254,7 +455,8 @@ def _parameters(model: Transformer) -> dict[str, Tensor]:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-    return dict(model.named_parameters())
+    # A block that is computed again in the backward pass has its wrapper's name in its own.
+    return {name.replace("_checkpoint_wrapped_module.", ""): p for name, p in model.named_parameters()}
 
 
 def _whole(parameter: Tensor) -> Tensor:
@@ -263,7 +465,7 @@ def _whole(parameter: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def _plan_shards(shapes: Mapping[str, tuple[int, ...]], itemsize: int, limit: int) -> list[list[str]]:
+def plan_shards(shapes: Mapping[str, tuple[int, ...]], itemsize: int, limit: int) -> list[list[str]]:
     """Names in order, cut wherever the next tensor would pass the limit."""
     shards: list[list[str]] = []
     room = 0
@@ -277,50 +479,55 @@ def _plan_shards(shapes: Mapping[str, tuple[int, ...]], itemsize: int, limit: in
     return shards
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights; others may lie beside them, such as Mistral's own on the hub."""
+def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
+    """The files that hold the weights, and the names that the index says are in each (None: no index).
+
+    Others may lie beside them, such as Mistral's own on the hub.
+    """
     index, single = folder / INDEX, folder / "model.safetensors"
     if index.is_file():
-        paths = sorted({folder / name for name in _read_json(index)["weight_map"].values()})
-    elif single.is_file():
-        paths = [single]
-    else:
-        raise ValueError(f"{folder}: found neither {INDEX} nor model.safetensors, expected one of them")
-    absent = [path.name for path in paths if not path.is_file()]
-    if absent:
-        raise ValueError(f"{folder}: found no {_some(absent)}, expected it, since {INDEX} names it; fetch it again")
-    return paths
+        weight_map = _read_json(index, "the index of the shards").get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{index}: found no weight_map, expected the file of each tensor")
+        names: dict[Path, set[str]] = {}
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or Path(file).name != file:  # an index must not lead out of its folder
+                raise ValueError(f"{index}: found {file!r} for {name}, expected the name of a file beside it")
+            names.setdefault(folder / file, set()).add(name)
+        absent = [path.name for path in names if not path.is_file()]
+        if absent:
+            raise ValueError(f"{folder}: found no {_some(absent)}, expected it, since {INDEX} names it; fetch it again")
+        return {path: names[path] for path in sorted(names)}
+    if single.is_file():
+        return {single: None}
+    shards = sorted(path.name for path in folder.glob("model-*.safetensors"))
+    others = sorted(path.name for path in folder.glob("pytorch_model*"))
+    beside = f" beside {_some(shards or others)}" if shards or others else ""
+    remedy = "; fetch it again" if shards else "; convert pickled weights to safetensors first" if others else ""
+    raise ValueError(f"{folder}: found neither {INDEX} nor model.safetensors{beside}, expected one of them{remedy}")
 
 
-def _check_config(config: TransformerConfig, folder: Path) -> None:
-    """The shape of the network must be that of the weights: an epsilon that differs shows in no tensor."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{folder}: found no config.json, expected one beside the weights")
-    theirs = config_from_hf(_read_json(path))
-    differing = [
-        f"{name} {getattr(theirs, name)} in the file, {value} in the model"
-        for name, value in vars(config).items()
-        if getattr(theirs, name) != value
-    ]
-    if differing:
-        raise ValueError(f"{path}: found {'; '.join(differing)}, expected equal values; set model.* as in the file")
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """A safetensors file; what is wrong with it is told with its name."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            yield opened
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{file}: found a file that cannot be read ({error}), expected whole safetensors; fetch it again"
+        ) from error
 
 
-def _check_shapes(config: TransformerConfig, found: Mapping[str, tuple[int, ...]], folder: Path) -> None:
-    """Names and shapes must be exactly those of the network."""
-    expected = {hf_name(name): shape for name, shape in parameter_shapes(config).items()}
-    if missing := sorted(expected.keys() - found.keys()):
-        raise ValueError(f"{folder}: found no {_some(missing)}, expected {len(expected)} parameters")
-    if surplus := sorted(found.keys() - expected.keys()):
-        raise ValueError(f"{folder}: found {_some(surplus)}, which the network does not have")
-    misshapen = [
-        f"{name} of shape {list(found[name])}, expected {list(shape)}"
-        for name, shape in expected.items()
-        if found[name] != shape
-    ]
-    if misshapen:
-        raise ValueError(f"{folder}: found {_some(misshapen)}")
+def _header(file: Path, indexed: set[str] | None) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Name → shape and dtype of every tensor of a file, which must be those that the index puts there."""
+    with _opened(file) as opened:
+        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  # not a dict
+        header = {name: (tuple(part.get_shape()), str(part.get_dtype())) for name, part in slices.items()}
+    if indexed is not None and (moved := sorted(indexed ^ header.keys())):
+        where = "not in it" if moved[0] in indexed else "in it and not in the index"
+        raise ValueError(f"{file}: found {_some(moved)} {where}, expected the tensors that {INDEX} names for it")
+    return header
 
 
 def _some(items: Iterable[str]) -> str:
@@ -329,9 +536,14 @@ def _some(items: Iterable[str]) -> str:
     return ", ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, what: str) -> dict[str, Any]:
+    """A JSON object from a file, or an error that names it."""
+    if not path.is_file():
+        raise ValueError(f"{path.parent}: found no {path.name}, expected {what}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: found {error.strerror}, expected {what}") from error
     except ValueError as error:
         raise ValueError(f"{path}: found text that is not JSON ({error}), expected an object") from error
     if not isinstance(content, dict):
@@ -339,5 +551,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def _sync(path: Path) -> None:
+    """Have the operating system put a file or folder on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

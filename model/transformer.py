@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from model.attention import (
     KeyValueCache,
     LayerCache,
+    Newest,
     attention,
     cached_attention,
     choose_backend,
@@ -41,12 +42,14 @@ class Documents:
         max_seqlen: At least the longest document.
         backend: The attention kernel, already chosen.
         lengths: The documents' lengths on the host; only where the kernel reads them there.
+        newest: Where the tokens go in a cache; None without one.
     """
 
     cu_seqlens: Tensor
     max_seqlen: int
     backend: str
     lengths: tuple[int, ...] | None
+    newest: Newest | None
 
 
 class RMSNorm(nn.Module):
@@ -87,16 +90,17 @@ class Attention(nn.Module):
         documents: Documents,
         cache: LayerCache | None,
     ) -> Float[Tensor, "T D"]:
-        """Attention of every token to its own document, or of the newest to all that the cache holds."""
+        """Attention of every token to its own document, or to all that the cache holds of it."""
         # Heads are counted from the tensors, so that a shard of the projections would do as well.
         q = rotate(self.wq(x).unflatten(-1, (-1, self.head_dim)), cos, sin)
         k = rotate(self.wk(x).unflatten(-1, (-1, self.head_dim)), cos, sin)
         v = self.wv(x).unflatten(-1, (-1, self.head_dim))
-        if cache is not None:
-            out = cached_attention(q, *cache.append(k, v))
-        else:
-            d = documents
+        d = documents
+        if cache is None:
             out = attention(q, k, v, d.cu_seqlens, d.max_seqlen, d.backend, d.lengths)
+        else:
+            assert d.newest is not None
+            out = cached_attention(q, k, v, cache, d.newest, d.backend)
         projected: Tensor = self.wo(out.flatten(-2))
         return projected
 
@@ -211,19 +215,17 @@ class Transformer(nn.Module):
             weights: Loss weight of each position, with `labels`. Where it is 0 nothing is computed.
             label_positions: With `labels`, where the weight is not 0, if the host knows (the device is then
                 not asked). Without, the positions whose logits are wanted; all by default.
-            cache: Keys and values of the same document's earlier tokens; the pack then is one document's
-                newest tokens.
+            cache: Keys and values of earlier tokens; document i then is the newest tokens of the cache's
+                sequence i, and is added to it.
 
         Returns:
             The loss, or logits [rows, V] in at least float32.
 
         Raises:
-            ValueError: The attention backend cannot run here, or a cache meets several documents.
+            ValueError: The attention backend cannot run here, or there are not as many documents as the cache
+                has sequences.
         """
-        if cache is not None and cu_seqlens.numel() != 2:
-            raise ValueError(
-                f"cu_seqlens: found {cu_seqlens.numel() - 1} documents, expected one, since there is a cache"
-            )
+        newest = None if cache is None else cache.newest(len(tokens), cu_seqlens, max_seqlen)
         x = self.tok_embeddings(tokens)
         config = self.config
         # At least float32 also where the stream is bfloat16, and float64 where it is float64.
@@ -231,9 +233,11 @@ class Transformer(nn.Module):
         cos, sin = rotary_tables(positions, config.head_dim, config.rope_theta, wide)
         backend = self._backend(x)
         lengths = document_lengths(cu_seqlens) if backend == "sdpa" and cache is None else None
-        documents = Documents(cu_seqlens, max_seqlen, backend, lengths)
+        documents = Documents(cu_seqlens, max_seqlen, backend, lengths, newest)
         for i, layer in enumerate(self.layers):
             x = layer(x, cos, sin, documents, None if cache is None else cache.layers[i])
+        if cache is not None and newest is not None:
+            cache.advance(newest)
         out: Loss | Tensor = self.output(self.norm(x), labels, weights, label_positions)
         return out
 

@@ -6,9 +6,10 @@ from torch.nn.functional import cross_entropy
 
 import model.attention
 import model.loss
-from model.attention import attention, choose_backend
+from model.attention import KeyValueCache, attention, choose_backend
+from model.generate import generate, generate_batch
 from model.loss import linear_cross_entropy
-from models import assert_all_close, assert_close, gradients, tiny_model, tiny_pack
+from models import TINY, assert_all_close, assert_close, gradients, tiny_model, tiny_pack, without_labels
 
 pytestmark = pytest.mark.gpu
 
@@ -113,6 +114,39 @@ def test_tiny_network_in_float32_equals_the_cpu():
     assert_close(loss.total.cpu(), expected.total, 1e-5)
     found = {name: gradient.cpu() for name, gradient in gradients(gpu).items()}
     assert_all_close(found, gradients(cpu), 1e-4)  # other kernels, other orders of summation
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 4e-2)], ids=str)
+def test_logits_with_a_cache_equal_those_without(dtype, tolerance):
+    """Prompts in one pack, several tokens on top of them, then one at a time: all ways through the cache."""
+    steps = [(40, 1, 23), (3, 5, 1), (1, 1, 1), (1, 1, 1)]
+    totals = [sum(counts) for counts in zip(*steps, strict=True)]
+    pack = without_labels(tiny_pack(totals))
+    documents, network = pack["tokens"].split(totals), tiny_model(dtype).cuda()
+    cache, parts = KeyValueCache(TINY.n_layers, len(totals)), [[] for _ in totals]
+    with torch.no_grad():
+        expected = network(**on_gpu(pack))
+        for counts in steps:
+            spans = [slice(begin, begin + n) for begin, n in zip(cache.lengths, counts, strict=True)]
+            logits = network(
+                torch.cat([tokens[span] for tokens, span in zip(documents, spans, strict=True)]).cuda(),
+                torch.cat([torch.arange(span.start, span.stop) for span in spans]).cuda(),
+                torch.tensor([0, *counts]).cumsum(0).to(torch.int32).cuda(),
+                max(counts),
+                cache=cache,
+            )
+            for found, part in zip(parts, logits.split(counts), strict=True):
+                found.append(part)
+    assert_close(torch.cat([part for found in parts for part in found]), expected, tolerance)
+
+
+def test_a_greedy_reply_in_float32_equals_the_cpus_alone_and_in_a_batch():
+    tokens = tiny_pack([30])["tokens"].tolist()
+    prompts = [tokens[:n] for n in (1, 30, 7)]
+    cpu, gpu = tiny_model(), tiny_model().cuda()
+    expected = [list(generate(cpu, prompt, max_new_tokens=48)) for prompt in prompts]
+    assert [list(generate(gpu, prompt, max_new_tokens=48)) for prompt in prompts] == expected
+    assert generate_batch(gpu, prompts, max_new_tokens=48) == expected
 
 
 def test_forward_and_backward_never_wait_for_the_device():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import model.attention
-from model.attention import LayerCache, attention, cached_attention, choose_backend
+from model.attention import KeyValueCache, attention, cached_attention, choose_backend
 from models import assert_close
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
@@ -128,20 +128,69 @@ def test_varlen_is_called_causal_with_heads_as_the_version_takes_them(monkeypatc
             assert torch.equal(v_seen[:, head], v[:, head // 2])
 
 
-@pytest.mark.parametrize("steps", [[9], [1] * 9, [4, 1, 3, 1]], ids=["at once", "one by one", "in pieces"])
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [(9,)],
+        [(1,)] * 9,
+        [(4,), (1,), (3,), (1,)],
+        [(5, 1, 3), (1, 1, 1), (1, 1, 1)],
+        [(3, 3), (1, 1)],
+        [(2, 4), (3, 1), (1, 2), (1, 1)],
+        [(4, 0, 0), (0, 1, 6), (1, 1, 1), (0, 2, 0)],
+    ],
+    ids=["at once", "one by one", "in pieces", "a batch", "of one length", "continued", "begun one after another"],
+)
 def test_cached_attention_equals_the_uncached(steps):
-    q, k, v = random_qkv(9)
-    cache = LayerCache(9)
+    totals = [sum(counts) for counts in zip(*steps, strict=True)]
+    q, k, v = random_qkv(sum(totals))
+    documents = [list(x.split(totals)) for x in (q, k, v)]
+    cache, found = KeyValueCache(1, len(totals)), [[] for _ in totals]
     with torch.no_grad():
-        parts = [
-            cached_attention(q_i, *cache.append(k_i, v_i))
-            for q_i, k_i, v_i in zip(*(x.split(steps) for x in (q, k, v)), strict=True)
-        ]
-    assert_close(torch.cat(parts), dense(q, k, v, [9]), 1e-12)
+        for counts in steps:
+            newest = cache.newest(sum(counts), bounds(counts), max(counts))
+            begins = cache.lengths
+            inputs = [
+                torch.cat([document[b : b + n] for document, b, n in zip(each, begins, counts, strict=True)])
+                for each in documents
+            ]
+            out = cached_attention(*inputs, cache.layers[0], newest, "auto")
+            cache.advance(newest)
+            for parts, part in zip(found, out.split(counts), strict=True):
+                parts.append(part)
+    assert_close(torch.cat([part for parts in found for part in parts]), dense(q, k, v, totals), 1e-12)
 
 
-def test_a_full_cache_says_how_much_it_holds():
-    cache = LayerCache(3)
-    keys = torch.zeros(4, KV_HEADS, HEAD_DIM)
-    with pytest.raises(ValueError, match="found 4 tokens, expected at most 3"):
-        cache.append(keys, keys)
+def test_a_cache_is_cut_by_sequence_and_never_lengthened():
+    cache = KeyValueCache(1, 2)
+    cache.advance(cache.newest(5, bounds([2, 3]), 3))
+    cache.cut([2, 1])
+    assert cache.lengths == (2, 1)
+    with pytest.raises(ValueError, match=r"found lengths \[2, 2\], expected at most \[2, 1\]"):
+        cache.cut([2, 2])
+
+
+def test_a_cache_keeps_the_sequences_that_are_named():
+    _, k, v = random_qkv(6)
+    cache = KeyValueCache(1, 3)
+    with torch.no_grad():
+        newest = cache.newest(6, bounds([1, 2, 3]), 3)
+        cache.layers[0].append(k, v, newest)
+        cache.advance(newest)
+        cache.keep([2, 0])
+        keys, values = cache.layers[0].append(k[:2], v[:2], cache.newest(2, bounds([1, 1]), 1))
+    assert cache.lengths == (3, 1)
+    assert torch.equal(keys[0], torch.cat([k[3:6], k[:1]]))
+    assert torch.equal(values[1, :2], torch.cat([v[:1], v[1:2]]))
+
+
+def test_a_cache_grows_by_more_than_a_token_at_a_time():
+    cache, rooms = KeyValueCache(1), set()
+    token = torch.zeros(1, KV_HEADS, HEAD_DIM)
+    for _ in range(1000):
+        newest = cache.newest(1, bounds([1]), 1)
+        cache.layers[0].append(token, token, newest)
+        cache.advance(newest)
+        rooms.add(cache.layers[0]._keys.shape[1])
+    assert len(rooms) < 20
+    assert max(rooms) < 1500

@@ -1,7 +1,12 @@
 """Weights and configuration to and from Hugging Face's layout, with transformers as the other side."""
 
 import json
+import os
+import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +21,20 @@ from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 from model import Transformer
 from model.config import parameter_shapes
-from model.hf import config_from_hf, config_to_hf, hf_name, load_hf, our_name, save_hf
+from model.hf import (
+    HFFolder,
+    config_from_hf,
+    config_to_hf,
+    hf_name,
+    load_hf,
+    our_name,
+    save_hf,
+    write_weights,
+    written_aside,
+)
 from models import TINY, assert_close, tiny_model, tiny_pack, without_labels
 
+HOME = Path(__file__).parents[3]
 SMALL_SHARD = 100_000  # bytes: the tiny network's 330,000 parameters need over a dozen files
 NEMO_FIELDS = {
     "architectures": ["MistralForCausalLM"],
@@ -121,6 +137,12 @@ def test_weights_saved_by_us_load_in_transformers_without_a_word(tmp_path, shard
     assert_close(ours(**pack), theirs(pack["tokens"][None]).logits[0], 1e-5)
 
 
+def test_weights_may_be_read_by_whoever_may_read_the_configuration(tmp_path):
+    save_hf(tiny_model(), tmp_path / "export")
+    modes = {file.stat().st_mode & 0o777 for file in (tmp_path / "export").iterdir()}
+    assert len(modes) == 1
+
+
 def test_shards_keep_to_their_size_and_say_their_format(tmp_path):
     save_hf(tiny_model(), tmp_path / "export", max_shard_bytes=SMALL_SHARD)
     index = json.loads((tmp_path / "export" / "model.safetensors.index.json").read_text())
@@ -193,10 +215,13 @@ def test_saving_after_a_forward_alone_writes_the_masters(tmp_path):
     ("change", "message"),
     [
         (lambda t: t.pop("lm_head.weight"), r"found no lm_head\.weight, expected 30 parameters"),
-        (lambda t: t.update({"extra": torch.zeros(1)}), "found extra, which the network does not have"),
+        (
+            lambda t: t.update({"extra": torch.zeros(1)}),
+            r"found extra \(in model\.safetensors\), expected no tensor that the network does not have",
+        ),
         (
             lambda t: t.update({"model.norm.weight": torch.zeros(79)}),
-            r"found model\.norm\.weight of shape \[79\], expected \[80\]",
+            r"found model\.norm\.weight of shape \[79\] in model\.safetensors, expected \[80\]",
         ),
     ],
     ids=["missing", "surplus", "misshapen"],
@@ -231,12 +256,163 @@ def test_an_absent_file_is_named(tmp_path, absent, message):
         load_hf(Transformer(TINY), tmp_path / "export")
 
 
+def sharded(folder):
+    """A folder of several files, and the second of them."""
+    save_hf(tiny_model(), folder, max_shard_bytes=SMALL_SHARD)
+    return sorted(folder.glob("model-*.safetensors"))[1]
+
+
+def retyped(file, dtype):
+    """Rewrite one tensor of a file in another dtype; its name."""
+    tensors = load_file(file)
+    name = next(iter(tensors))
+    save_file(tensors | {name: tensors[name].to(dtype)}, file, metadata={"format": "pt"})
+    return name
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda file: file.write_bytes(file.read_bytes()[:-100]), "file not fully covered"),
+        (lambda file: file.write_bytes(file.read_bytes()[:5]), "header too small"),
+        (lambda file: file.write_bytes(b"\x10" + bytes(7) + b"{not json}......" + bytes(64)), "invalid JSON in header"),
+        (lambda file: file.write_bytes(b"PK\x03\x04" + bytes(200)), "invalid header length"),
+    ],
+    ids=["truncated", "header cut", "header corrupt", "another format"],
+)
+def test_a_damaged_file_is_named_before_anything_is_copied(tmp_path, damage, message):
+    file = sharded(tmp_path / "export")
+    damage(file)
+    model = tiny_model(seed=1)
+    with pytest.raises(ValueError, match=rf"{file.name}: found a file that cannot be read \(.*{message}"):
+        load_hf(model, tmp_path / "export")
+    assert torch.equal(model.tok_embeddings.weight, tiny_model(seed=1).tok_embeddings.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8, torch.float8_e4m3fn, torch.bfloat16], ids=str)
+def test_a_tensor_of_another_dtype_is_named_with_its_file(tmp_path, dtype):
+    file = sharded(tmp_path / "export")
+    name = retyped(file, dtype)
+    with pytest.raises(ValueError, match=rf"found {name} of dtype .* in {file.name}, expected float32 in every"):
+        load_hf(Transformer(TINY), tmp_path / "export")
+
+
+def test_a_dtype_that_the_configuration_does_not_declare_is_refused(tmp_path):
+    save_hf(tiny_model(), tmp_path / "export", fields={"torch_dtype": "bfloat16"})
+    with pytest.raises(ValueError, match=r"and 27 more, expected bfloat16 in every tensor as config\.json says"):
+        load_hf(Transformer(TINY), tmp_path / "export")
+    save_hf(tiny_model(), tmp_path / "silent", fields={"torch_dtype": None})
+    assert HFFolder(tmp_path / "silent").dtype == torch.float32
+
+
+def reindexed(folder, change):
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    change(index["weight_map"])
+    path.write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda m: m.pop("model.norm.weight"),
+            r"model-\d+-of-\d+\.safetensors: found model\.norm\.weight in it and not in",
+        ),
+        (
+            lambda m: m.update({"model.norm.weight": m["model.embed_tokens.weight"]}),
+            r"model-00001-of-\d+\.safetensors: found model\.norm\.weight not in it",
+        ),
+        (lambda m: m.update({"x": "../../secret.safetensors"}), r"found '\.\./\.\./secret\.safetensors' for x"),
+        (lambda m: m.clear(), "found no weight_map"),
+    ],
+    ids=["unlisted", "elsewhere", "outside", "empty"],
+)
+def test_an_index_that_does_not_fit_its_files_is_refused(tmp_path, change, message):
+    sharded(tmp_path / "export")
+    reindexed(tmp_path / "export", change)
+    with pytest.raises(ValueError, match=message):
+        HFFolder(tmp_path / "export")
+
+
+def test_pickled_weights_are_not_opened(tmp_path):
+    save_hf(tiny_model(), tmp_path / "export")
+    (tmp_path / "export" / "model.safetensors").unlink()
+    torch.save({}, tmp_path / "export" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"beside pytorch_model\.bin, expected one of them; convert pickled weights"):
+        HFFolder(tmp_path / "export")
+
+
+def test_a_larger_vocabulary_is_filled_with_zeros_only_where_it_is_asked_for(tmp_path):
+    save_hf(tiny_model(), tmp_path / "export")
+    model = Transformer(replace(TINY, vocab_size=TINY.vocab_size + 2))
+    with pytest.raises(ValueError, match="found vocab_size 515 in the file, 517 in the model"):
+        load_hf(model, tmp_path / "export")
+    load_hf(model, tmp_path / "export", new_rows=True)
+    for matrix in ("tok_embeddings", "output"):
+        weight = getattr(model, matrix).weight
+        assert torch.equal(weight[:-2], getattr(tiny_model(), matrix).weight)
+        assert not weight[-2:].any()
+    with pytest.raises(ValueError, match="found vocab_size 515 in the file, 500 in the model"):
+        load_hf(Transformer(replace(TINY, vocab_size=500)), tmp_path / "export", new_rows=True)
+
+
+def test_a_parameter_is_the_same_however_small_the_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr("model.hf.PIECE_BYTES", 1000)  # three rows
+    save_hf(tiny_model(), tmp_path / "export")
+    model = Transformer(TINY)
+    load_hf(model, tmp_path / "export")
+    for (name, loaded), expected in zip(model.named_parameters(), tiny_model().parameters(), strict=True):
+        assert torch.equal(loaded, expected), name
+
+
 @pytest.mark.parametrize("text", ["{", "[]"])
 def test_a_configuration_that_is_no_object_is_named(tmp_path, text):
     save_hf(tiny_model(), tmp_path / "export")
     (tmp_path / "export" / "config.json").write_text(text)
     with pytest.raises(ValueError, match=r"config\.json: found .*expected an object"):
         load_hf(Transformer(TINY), tmp_path / "export")
+
+
+MEASURE = """
+import resource, sys
+import torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from model import Transformer
+from model.hf import HFFolder, load_hf
+dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=8)
+folder = HFFolder(sys.argv[1])
+with torch.device("meta"):
+    model = Transformer(folder.config)
+fully_shard(model, mesh=init_device_mesh("cpu", (8,)))
+model.to_empty(device="cpu")
+for parameter in model.parameters():
+    parameter.detach().to_local().zero_()  # its pages belong to the model
+share = sum(p.detach().to_local().numel() * 4 for p in model.parameters())
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+load_hf(model, folder)
+print(share, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+"""
+
+
+def test_one_of_eight_ranks_reads_its_eighth_and_holds_a_piece(tmp_path):
+    """400 MB of float32 on disk. The peak counts the file's mapped pages; 40 MB are left for the allocator."""
+    config = replace(TINY, dim=512, hidden_dim=2048, vocab_size=80_000, n_layers=4)
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in Transformer(config).named_parameters()}
+    with written_aside(tmp_path / "export") as aside:
+        write_weights(aside, config, torch.float32, lambda name: torch.ones(shapes[name]), 10**8)
+        (aside / "config.json").write_text(json.dumps(config_to_hf(config, torch.float32)))
+    assert sum(file.stat().st_size for file in (tmp_path / "export").iterdir()) > 380e6
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tmp_path / "export")],
+        capture_output=True, text=True, timeout=100, check=True, env=os.environ | {"PYTHONPATH": str(HOME)},
+    )  # fmt: skip
+    share, peak = map(int, done.stdout.split())
+    assert 45e6 < share < 55e6
+    assert peak < 60e6  # of the largest tensor's eighth 20 MB are mapped at once; whole tensors would be 164 MB
 
 
 def test_mistrals_own_file_beside_the_weights_is_left_alone(tmp_path):
@@ -246,7 +422,7 @@ def test_mistrals_own_file_beside_the_weights_is_left_alone(tmp_path):
 
 
 def test_an_existing_folder_is_not_overwritten(tmp_path):
-    with pytest.raises(ValueError, match="found a folder, expected none"):
+    with pytest.raises(ValueError, match="found it there already, expected none"):
         save_hf(tiny_model(), tmp_path)
 
 
@@ -255,12 +431,35 @@ def test_an_interrupted_save_leaves_no_folder_under_its_name(tmp_path, monkeypat
         raise OSError("disk full")
 
     monkeypatch.setattr("model.hf.save_file", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(ValueError, match="export: found disk full, expected to write"):
         save_hf(tiny_model(), tmp_path / "export")
-    assert not (tmp_path / "export").exists()
+    assert not list(tmp_path.iterdir())
     monkeypatch.undo()
     save_hf(tiny_model(), tmp_path / "export")
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+def test_a_full_disk_is_named_and_nothing_is_left(tmp_path):
+    """No file of the process may pass the limit, which the system reports like a disk without room."""
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16));"
+        "from model.hf import save_hf; from models import tiny_model;"
+        "save_hf(tiny_model(), sys.argv[1], max_shard_bytes=60_000)"
+    )  # the first matrix is larger than a shard may be
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "export")],
+        capture_output=True, text=True, timeout=100, check=False,
+        env=os.environ | {"PYTHONPATH": f"{HOME}:{HOME / 'tests'}"},
+    )  # fmt: skip
+    assert re.search(r"ValueError: .*model-00001-of-\d+\.safetensors: found .*too large.*, expected room", done.stderr)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_refuses_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"found Not a directory, expected to write .*file/export there"):
+        save_hf(tiny_model(), tmp_path / "file" / "export")
 
 
 def test_a_caller_that_does_not_write_leaves_nothing(tmp_path):

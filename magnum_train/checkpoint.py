@@ -6,6 +6,7 @@ A checkpoint is written beside its place under a name that nothing reads, and re
 
 import json
 import os
+import pickle
 import re
 import shutil
 import warnings
@@ -14,8 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
@@ -24,6 +33,17 @@ from magnum_train.errors import CheckpointError
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8})")
+_METADATA_CLASSES = {
+    "torch.distributed.checkpoint.metadata": (
+        "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
+        "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING",
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.serialization": ("_get_layout",),
+    "torch": ("Size",),
+    "pathlib": ("PosixPath", "WindowsPath"),
+}  # fmt: skip
+"""What torch's description of a checkpoint is made of, by module; dtypes beside it."""
 
 
 @dataclass(frozen=True)
@@ -143,10 +163,10 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Tr
     whole: dict[str, Any] = {"model": weights, "optimizer": moments}
     hyper = [dict(group) for group in optimizer.param_groups]
     try:
-        dcp_load(whole, checkpoint_id=folder)
+        dcp_load(whole, storage_reader=_Reader(folder))
     except Exception as error:  # torch wraps every rank's own error in one without a common type
         raise CheckpointError(
-            str(folder), str(error).splitlines()[0], "the weights and moments of this model",
+            str(folder), _reason(error), "the weights and moments of this model",
             "Remove this checkpoint to go on from the one before, or choose another run_dir.",
         ) from error  # fmt: skip
     set_state_dict(
@@ -162,20 +182,77 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Tr
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
-    """Load a checkpoint's weights alone into a plain model of one process.
+    """Load a checkpoint's weights alone, whatever world size saved it.
 
     Args:
         folder: A complete checkpoint.
-        model: Not sharded.
+        model: Plain in one process, or sharded with all ranks calling; parameters keep their dtype and device.
 
     Raises:
         CheckpointError: If its contents do not fit the model.
     """
-    weights = model.state_dict()
+    _read(folder, get_model_state_dict(model))
+
+
+def read_weight(folder: Path, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """One parameter of a checkpoint, whole, by one process alone.
+
+    Beside the result, as much is held in memory as one rank saved of it.
+
+    Args:
+        folder: A complete checkpoint.
+        name: The parameter's name.
+        shape: Its whole shape.
+        dtype: Wanted; values are rounded to it.
+
+    Returns:
+        On the CPU.
+
+    Raises:
+        CheckpointError: If it is not there in this shape.
+    """
+    value = torch.empty(shape, dtype=dtype)
+    _read(folder, {name: value}, alone=True)
+    return value
+
+
+def _read(folder: Path, weights: dict[str, Any], *, alone: bool = False) -> None:
+    """Fill tensors from a checkpoint, in place; together with the other ranks, or alone."""
+    alone = alone or not dist.is_initialized()
     try:
         with warnings.catch_warnings():  # torch remarks that there is no process group; there is to be none
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp_load({"model": weights}, checkpoint_id=folder, no_dist=True)
-    except Exception as error:  # see load
-        raise CheckpointError(str(folder), str(error).splitlines()[0], "the weights of this model") from error
-    model.load_state_dict(weights)
+            dcp_load({"model": weights}, storage_reader=_Reader(folder), no_dist=alone)
+    except Exception as error:  # torch wraps every rank's own error in one without a common type
+        raise CheckpointError(str(folder), _reason(error), "the weights of this model") from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what went wrong on the first rank where something did."""
+    failures = getattr(error, "failures", None)
+    cause = next(iter(failures.values()))[0] if failures else error
+    return (str(cause).splitlines() or [type(cause).__name__])[0]
+
+
+class _Reader(FileSystemReader):
+    """Reads a checkpoint whose metadata, a pickle, may name only what checkpoints are made of.
+
+    A run is passed on like any other weights, and opening one must not run what its sender put there.
+    """
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with self.fs.create_stream(Path(self.path) / ".metadata", "rb") as file:
+            found: Metadata = _MetadataUnpickler(file).load()
+        found.storage_meta = found.storage_meta or StorageMeta()
+        found.storage_meta.load_id = self.load_id
+        return found
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Finds classes of torch's own description of a checkpoint, and nothing that can be called to an effect."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        a_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not a_dtype and name not in _METADATA_CLASSES.get(module, ()):
+            raise pickle.UnpicklingError(f"its metadata names {module}.{name}, which is no part of a checkpoint")
+        return super().find_class(module, name)

@@ -50,25 +50,32 @@ def _above(key: str, value: float | None, bound: float, *, equal: bool = False) 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The architecture (Mistral's names), and the attention kernel."""
+    """The weights to begin from, the architecture (Mistral's names), and the attention kernel.
 
-    dim: int = MISSING
+    With `weights`, their config.json decides the architecture: fields that are null are taken from it, others must
+    agree with it. `model=from_weights` leaves all of them null.
+    """
+
+    weights: str | None = None
+    """A folder in Hugging Face's layout, a hub name (owner/name or owner/name@revision), or a run (RUN, RUN@200,
+    RUN@best); null begins from random weights."""
+    dim: int | None = None
     """Width of the residual stream."""
-    n_layers: int = MISSING
+    n_layers: int | None = None
     """Number of transformer blocks."""
-    n_heads: int = MISSING
+    n_heads: int | None = None
     """Query heads."""
-    n_kv_heads: int = MISSING
+    n_kv_heads: int | None = None
     """Key-value heads; each serves n_heads / n_kv_heads query heads."""
-    head_dim: int = MISSING
+    head_dim: int | None = None
     """Width of one head. Given, never derived: Nemo's 128 is not 5120 / 32."""
-    hidden_dim: int = MISSING
+    hidden_dim: int | None = None
     """Width of the feed-forward layer."""
-    vocab_size: int = MISSING
+    vocab_size: int | None = None
     """Rows of the embedding and output matrices; at least the tokenizer's vocabulary."""
-    norm_eps: float = 1e-5
+    norm_eps: float | None = 1e-5
     """Added to the mean square in RMSNorm."""
-    rope_theta: float = 1_000_000.0
+    rope_theta: float | None = 1_000_000.0
     """Base of the rotary wavelengths; Nemo's is a million, for long contexts."""
     attention: str = "auto"
     """Attention kernel: auto, sdpa, varlen or flash_attn. `auto` takes what the device runs, and says which."""
@@ -76,6 +83,9 @@ class ModelConfig:
     def transformer(self) -> TransformerConfig:
         """The architecture alone, checked."""
         names = [f.name for f in dataclasses.fields(TransformerConfig)]
+        if unset := [f"model.{name}" for name in names if getattr(self, name) is None]:
+            remedy = f"Set {unset[0]}, choose a model (model=nemo_12b), or give model.weights."
+            raise ConfigError(", ".join(unset), "nothing", "a value, or weights to take it from", remedy)
         try:
             return TransformerConfig(**{name: getattr(self, name) for name in names})
         except ValueError as error:
@@ -87,22 +97,20 @@ class TokenizerConfig:
     """Text to ids."""
 
     path: str | None = None
-    """A tokenizer.json or a Tekken file; null trains a byte-level BPE on the training conversations."""
+    """A tokenizer.json, a Tekken file, or a folder with one; null takes the one beside the weights, and without weights
+    trains a byte-level BPE on the training conversations."""
     vocab_size: int | None = 2048
-    """Entries of the trained vocabulary; read only where `path` is null. null asks for a path."""
+    """Entries of the trained vocabulary; read only where one is trained. null forbids that."""
     im_start_slot: int | None = None
     """Reserved id that becomes <|im_start|> where the file has none; null means 14 for a Tekken file."""
     im_end_slot: int | None = None
     """Reserved id that becomes <|im_end|>; null means 15 for a Tekken file."""
+    append: bool = False
+    """Add <|im_start|> and <|im_end|> as new ids, where the file has neither them nor reserved ones; matrices grow."""
 
     def __post_init__(self) -> None:
-        if self.path is None and self.vocab_size is None:
-            raise ConfigError(
-                "tokenizer.path",
-                "nothing",
-                "the seed model's tokenizer.json or Tekken file",
-                "Give tokenizer.path=FILE.",
-            )
+        if self.append and not (self.im_start_slot is None and self.im_end_slot is None):
+            raise ConfigError("tokenizer.append", "true, and a slot", "one of the two", "Slots need no new ids.")
 
 
 @dataclass(frozen=True)
@@ -147,6 +155,8 @@ class StepConfig:
     """CPU threads of a process; null shares the host's cores among its processes (torchrun alone sets one)."""
     deterministic: bool = False
     """Deterministic kernels, so that a resumed run is bit-identical on a GPU too. CPU runs always are."""
+    export_at_end: bool = False
+    """At the end, write the last checkpoint as a folder that servers load, in bfloat16: RUN/exports/step-…"""
     collect_garbage_every_steps: int = 100
     """Python's collector is off and runs on all ranks at these steps: a collection on one stalls them all."""
 
@@ -318,6 +328,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _above("seed", self.seed, 0, equal=True)
         _choice("precision", self.precision, ("auto", "float32", "bf16_mixed"))
+        if self.tokenizer.path is None and self.model.weights is None and self.tokenizer.vocab_size is None:
+            raise ConfigError(
+                "tokenizer.path", "nothing", "a tokenizer.json or a Tekken file",
+                "Give tokenizer.path=FILE, or model.weights=FOLDER with one in it.",
+            )  # fmt: skip
+        if self.tokenizer.append and self.model.weights is None:
+            raise ConfigError("tokenizer.append", "true without model.weights", "weights whose matrices are to grow")
         if self.train.tokens_per_step % self.data.pack_tokens:
             raise ConfigError(
                 "train.tokens_per_step",
@@ -334,14 +351,16 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class ChatConfig:
-    """Settings of `python -m magnum_train.chat`."""
+    """Settings of `python -m magnum_train.chat`. Without a prompt of any kind it is a conversation at the terminal."""
 
     weights: str = MISSING
-    """A run's folder, RUN, or RUN@200 for the checkpoint of step 200."""
+    """A run (RUN, RUN@200, RUN@best), a folder in Hugging Face's layout, or a hub name."""
     prompt: str | None = None
-    """One user message."""
+    """One user message, literally: what stands behind the = needs no quotes but the shell's."""
+    prompt_file: str | None = None
+    """A file with one user message, or - for standard input; a newline at its end is not part of it."""
     system: str | None = None
-    """System message that goes before `prompt`."""
+    """System message, literally as well."""
     prompts: str | None = None
     """JSONL of {"prompt": …, "system": …}, answered one by one; `shipped:` names a file of the project."""
     max_prompts: int | None = None
@@ -352,30 +371,56 @@ class ChatConfig:
     """0 takes the likeliest token; 1 samples from the model's own distribution."""
     top_p: float = 1.0
     """Samples from the smallest set of tokens that holds this much probability."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens that have occurred are divided by it (multiplied where negative); 1 leaves them."""
     seed: int = 1
     """Seed of the sampling."""
+    dtype: str = "auto"
+    """float32 or bfloat16; auto: bfloat16 on a GPU, else float32."""
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    """Where the weights' own tokenizer is not the one to use, or lacks control tokens."""
 
     def __post_init__(self) -> None:
         _above("max_new_tokens", self.max_new_tokens, 1, equal=True)
         _above("temperature", self.temperature, 0, equal=True)
+        _above("repetition_penalty", self.repetition_penalty, 0)
         _above("max_prompts", self.max_prompts, 1, equal=True)
         _above("seed", self.seed, 0, equal=True)
+        _choice("dtype", self.dtype, ("auto", "float32", "bfloat16"))
         if not 0 < self.top_p <= 1:
             raise ConfigError("top_p", str(self.top_p), "more than 0 and at most 1")
-        if (self.prompt is None) == (self.prompts is None):
-            raise ConfigError(
-                "prompt",
-                "both or neither of prompt and prompts",
-                "one of them",
-                'Give prompt="…" or prompts=FILE.',
-            )
+        given = [name for name in ("prompt", "prompt_file", "prompts") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ConfigError(given[0], " and ".join(given), "one of them")
+        if self.prompts is not None and self.system is not None:
+            raise ConfigError("system", "a text beside prompts", "one in each of their rows")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Settings of `python -m magnum_train.export`."""
+
+    weights: str = MISSING
+    """A run (RUN, RUN@200, RUN@best), a folder in Hugging Face's layout, or a hub name."""
+    out: str = MISSING
+    """The folder to write; must not exist."""
+    dtype: str = "bfloat16"
+    """bfloat16 as published and served, or float32, the masters themselves."""
+    max_shard_gb: float = 5.0
+    """Most gigabytes (1e9 bytes) of a file, and of memory that an export takes."""
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    """Where the weights' own tokenizer is not the one to use, or lacks control tokens."""
+
+    def __post_init__(self) -> None:
+        _choice("dtype", self.dtype, ("bfloat16", "float32"))
+        _above("max_shard_gb", self.max_shard_gb, 0)
 
 
 RESUMABLE = (
-    "run_dir", "model.attention", "data.prepared_dir", "data.max_loss_share", "data.sources.*.path",
+    "run_dir", "model.attention", "model.weights", "data.prepared_dir", "data.max_loss_share", "data.sources.*.path",
     "data.sources.*.validation_path", "tokenizer.path", "train.max_steps", "train.epochs",
-    "train.max_skipped_steps", "train.threads", "train.collect_garbage_every_steps", "parallel.*", "validation.*",
-    "samples.*", "checkpoint.*", "metrics.*", "profile.*", "distributed.*",
+    "train.max_skipped_steps", "train.threads", "train.collect_garbage_every_steps", "train.export_at_end",
+    "parallel.*", "validation.*", "samples.*", "checkpoint.*", "metrics.*", "profile.*", "distributed.*",
 )  # fmt: skip
 """Settings that may differ when a run is resumed. Data and tokenizer are compared by content; files may move."""
 
@@ -396,7 +441,8 @@ _ALIASES = {
     "save_steps": "checkpoint.every_steps", "save_total_limit": "checkpoint.keep_last",
     "eval_steps": "validation.every_steps", "gradient_checkpointing": "parallel.activation_checkpointing",
     "bf16": "precision", "dtype": "precision", "attn_implementation": "model.attention",
-    "flash_attention": "model.attention", "base_model": "model", "dataset_prepared_path": "data.prepared_dir",
+    "flash_attention": "model.attention", "dataset_prepared_path": "data.prepared_dir",
+    "base_model": "model.weights", "model_name_or_path": "model.weights", "pretrained": "model.weights",
 }  # fmt: skip
 """What people know a setting as from other trainers."""
 
@@ -517,13 +563,23 @@ def _entry(schema: type, value: Any, place: str) -> Any:
 
 
 def _frozen(schema: type[Schema], node: Any) -> Schema:
-    return cast(Schema, _freeze(schema, OmegaConf.to_container(node, resolve=True, throw_on_missing=True)))
+    # The text "???" is OmegaConf's sign for a missing value; where nothing is mandatory, somebody has typed it.
+    typed = {key: "???" for key in _TEXTS if OmegaConf.is_missing(node, key)}
+    if typed:
+        node = OmegaConf.merge(node, dict.fromkeys(typed))
+    found = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+    return cast(Schema, _freeze(schema, cast(dict[str, Any], found) | typed))
 
 
 def register() -> None:
     """Store the schemas so that `conf/*.yaml` can name them."""
-    for name, schema in (("train_schema", TrainConfig), ("chat_schema", ChatConfig)):
+    schemas = (("train_schema", TrainConfig), ("chat_schema", ChatConfig), ("export_schema", ExportConfig))
+    for name, schema in schemas:
         ConfigStore.instance().store(name=name, node=_composable(schema))
+
+
+_TEXTS = ("prompt", "system")
+_PATHS = ("weights", "out", "prompts", "prompt_file")
 
 
 def _overrides(line: list[str]) -> list[str]:
@@ -531,19 +587,33 @@ def _overrides(line: list[str]) -> list[str]:
 
     A key of a source is set the same way whether the files name it or not; free text is quoted, so that any text that a
     shell can pass arrives as it is.
+
+    Raises:
+        ConfigError: A word is not UTF-8.
     """
+    for word in line:
+        if re.search("[\ud800-\udfff]", word):  # how Python holds bytes that are no text
+            key, equals, _ = word.partition("=")
+            place = key if equals and key.isprintable() else "command line"
+            raise ConfigError(place, "bytes that are not UTF-8", "text in UTF-8", "Check the terminal's encoding.")
     return [_quoted(re.sub(r"^\+*(?=data\.sources\.[^.=]+\.)", "++", word)) for word in line]
 
 
 def _quoted(word: str) -> str:
-    """An override whose value is free text, in Hydra's quotes; any other word unchanged."""
+    """An override whose value is free text, in Hydra's quotes; any other word unchanged.
+
+    A text is literal, whatever it holds. A path that is quoted already is left as it is, and null means none.
+    """
     key, equals, text = word.partition("=")
-    if key not in ("prompt", "system", "weights", "prompts") or not equals or text in ("", "null"):
+    name = key.lstrip("+")
+    if not equals or name not in _TEXTS + _PATHS:
         return word
-    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
-        return word  # quoted already
-    text = re.sub(r"(\\*)'", r"\1\1\'", text)  # backslashes count only before a quote
-    text = re.sub(r"(\\+)$", r"\1\1", text).replace("${", "\\${")
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    if name in _PATHS and (quoted or text in ("", "null")):
+        return word
+    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # for OmegaConf: no interpolation; backslashes count only before one
+    text = re.sub(r"(\\*)'", r"\1\1\'", text)  # for Hydra: backslashes count only before a quote
+    text = re.sub(r"(\\+)\Z", r"\1\1", text)
     return f"{key}='{text}'"
 
 
@@ -591,8 +661,8 @@ def verb(run: Callable[[Schema], None], schema: type[Schema], config_name: str) 
     with tempfile.TemporaryDirectory() as scratch:
         # Hydra wants to write a sweep's folder on every rank; ours are the run folders, so it gets a scratch one.
         OmegaConf.register_new_resolver("scratch", lambda: scratch, replace=True)  # named in conf/*.yaml
-        sys.argv[1:] = _overrides(sys.argv[1:])
         try:
+            sys.argv[1:] = _overrides(sys.argv[1:])
             hydra.main(config_path=str(CONF), config_name=config_name, version_base="1.3")(job)()
         except Exception as error:
             _end(error, schema)

@@ -1,6 +1,7 @@
 """The exceptions whose message is meant for the user. Knows nothing of the rest of the program."""
 
 import re
+from typing import Self
 
 
 class UserError(ValueError):
@@ -17,17 +18,17 @@ class UserError(ValueError):
         self.place, self.found, self.expected, self.remedy = place, found, expected, remedy
         super().__init__(f"{place}: found {found}; expected {expected}." + (f"\n  {remedy}" if remedy else ""))
 
-
-class ConfigError(UserError):
-    """A setting that is unknown, of the wrong type, out of range, or at odds with another."""
-
     @classmethod
-    def of(cls, error: ValueError) -> "ConfigError":
-        """A complaint of `model`, which has the same form in plain words: "KEY: found F, expected E; remedy"."""
-        parts = re.fullmatch(r"(\S+): found (.*?), expected (.*?)(?:; (.*))?", str(error), re.DOTALL)
+    def of(cls, error: ValueError) -> Self:
+        """A complaint of `model`, which has the same form in plain words: "PLACE: found F, expected E; remedy"."""
+        parts = re.fullmatch(r"(.+?): found (.*), expected (.*?)(?:; (.*))?", str(error), re.DOTALL)
         if parts is None:
             return cls("model", str(error), "what the model can do")
         return cls(parts[1], parts[2], parts[3], f"{parts[4][0].upper()}{parts[4][1:]}." if parts[4] else "")
+
+
+class ConfigError(UserError):
+    """A setting that is unknown, of the wrong type, out of range, or at odds with another."""
 
 
 class CheckpointError(UserError):

@@ -24,9 +24,9 @@ def build(
     compute_dtype: torch.dtype,
     activation_checkpointing: str,
     reshard_after_forward: bool,
-    seed: int,
+    seed: int | None,
 ) -> Transformer:
-    """Build the model sharded over a (replicate, shard) mesh, float32 masters initialised from `seed`.
+    """Build the model sharded over a (replicate, shard) mesh, with float32 masters.
 
     Gradients are summed over ranks, never averaged: the step divides by the weight of all tokens, which is
     known before it (design of `step.py`).
@@ -39,7 +39,8 @@ def build(
         compute_dtype: dtype of gathered weights and activations; masters and reductions are float32.
         activation_checkpointing: "none" or "full".
         reshard_after_forward: Whether gathered weights are freed between forward and backward.
-        seed: Seed of the initial weights, which do not depend on the sharding.
+        seed: Seed of the initial weights, which do not depend on the sharding; None leaves them for a checkpoint to
+            fill, since drawing those of the 12B takes minutes.
 
     Returns:
         The model; its parameters are DTensors in float32.
@@ -59,6 +60,8 @@ def build(
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)
     model.to_empty(device=device)
+    if seed is None:
+        return model
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             assert isinstance(parameter, DTensor)

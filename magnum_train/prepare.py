@@ -6,10 +6,11 @@ may then be copied.
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
-from data import Tokenizer
 from data.prepared import Prepared, prepare
 from magnum_train.config import TrainConfig, verb
+from magnum_train.weights import vocabulary
 
 
 def prepare_data(settings: TrainConfig, say: Callable[[str], None], known: str | None = None) -> Prepared:
@@ -18,22 +19,19 @@ def prepare_data(settings: TrainConfig, say: Callable[[str], None], known: str |
     Args:
         settings: Its sources, tokenizer and pack length.
         say: Told what a person should know about it.
-        known: Key of the set that the run began with; decides where source files are absent and several sets fit.
+        known: Key of the set that a run began with which goes on; decides where source files are absent and several
+            sets fit.
 
     Raises:
+        CheckpointError: If the weights whose tokenizer serves are not there.
         DataError: If a file, a setting or too many rows are wrong.
     """
-    vocabulary = settings.tokenizer
-    tokenizer = None
-    if vocabulary.path is not None:
-        tokenizer = Tokenizer.from_file(
-            vocabulary.path, im_start_slot=vocabulary.im_start_slot, im_end_slot=vocabulary.im_end_slot
-        )
+    tokenizer = vocabulary(settings, Path(str(settings.run_dir)) if known else None)
     prepared = prepare(
         settings.data.sources,
         prepared_dir=settings.data.prepared_dir,
         tokenizer=tokenizer,
-        vocab_size=vocabulary.vocab_size if tokenizer is None else None,
+        vocab_size=settings.tokenizer.vocab_size if tokenizer is None else None,
         max_tokens=settings.data.pack_tokens,
         seed=settings.seed,
         max_loss_share=settings.data.max_loss_share,

@@ -18,21 +18,24 @@ import torch
 import torch.distributed as dist
 from torch.profiler import profile
 
-from data import PackedBatch
+from data import PackedBatch, Tokenizer
 from data.chatml import encode_prompt
 from data.loader import Loader, Schedule, StepData
 from data.prepared import Prepared, open_prepared
 from magnum_train import checkpoint, config, distributed, metrics
 from magnum_train.chat import Prompt, read_prompts, reply_text
 from magnum_train.checkpoint import TrainState
-from magnum_train.config import TrainConfig
+from magnum_train.config import ModelConfig, TrainConfig
 from magnum_train.distributed import HostError, Ranks
+from magnum_train.embeddings import mend, summary
 from magnum_train.environment import environment
 from magnum_train.errors import CheckpointError, ConfigError, RunError
+from magnum_train.export import export_newest
 from magnum_train.optim import build_optimizer, learning_rate
 from magnum_train.parallelize import build, measured_dtypes, name_of
 from magnum_train.prepare import prepare_data
 from magnum_train.step import forward, losses_by_source, train_step
+from magnum_train.weights import Weights, architecture, find, write_origin
 from model import Transformer
 from model.attention import choose_backend
 from model.flops import parameter_count, train_flops
@@ -48,20 +51,26 @@ def train(settings: TrainConfig) -> None:
         deterministic=settings.train.deterministic,
     ) as ranks:
         terminal = metrics.Terminal(is_main=ranks.is_main)
-        newest = int(ranks.once("run_dir", lambda: str(check_run_dir(settings))))
+        newest = int(ranks.once("newest", lambda: str(newest_step(settings))))
         recorded = recorded_state(settings, newest)
         known = recorded.data_key if recorded else None
+        start = starting_weights(settings, ranks) if recorded is None else None
+        asked, settings = settings, replace(settings, model=network(settings, start))
+        ranks.once("run_dir", lambda: check_run_dir(settings, newest))
         folder = ranks.once("prepare", lambda: str(prepare_data(settings, terminal.say, known).folder), per_host=True)
         prepared = open_prepared(folder)
         first = ranks.once("prepared key", lambda: prepared.key)
         if prepared.key != first:
             raise HostError(folder, f"prepared data {prepared.key}", f"{first}, as on rank 0's host")
-        run = assemble(settings, prepared, recorded, ranks, terminal)
-        if run is None:
-            return
-        with run.recording() as record:
-            loop(run, record)
-        terminal.say(f"done: {run.run_dir}")
+        settings = replace(settings, model=network(asked, start, prepared.tokenizer))
+        run = assemble(settings, prepared, recorded, ranks, terminal, start)
+        if run is not None:
+            with run.recording() as record:
+                loop(run, record)
+        if settings.train.export_at_end:
+            ranks.once("export", lambda: export_newest(Path(str(settings.run_dir)), terminal.say))
+        if run is not None:
+            terminal.say(f"done: {run.run_dir}")
 
 
 @dataclass
@@ -95,8 +104,53 @@ def recorded_state(settings: TrainConfig, step: int) -> TrainState | None:
     return checkpoint.read_state(checkpoint.path_of(Path(str(settings.run_dir)), step)) if step else None
 
 
+def starting_weights(settings: TrainConfig, ranks: Ranks) -> Weights | None:
+    """The weights that a new run begins from; None for random ones. One process of each host downloads and checks.
+
+    Raises:
+        CheckpointError: They are not there, or incomplete.
+        HostError: Another host has other ones.
+    """
+    wanted = settings.model.weights
+    if wanted is None:
+        return None
+    here = ranks.once("weights", lambda: find(wanted, "model.weights").name, per_host=True)
+    first = ranks.once("weights of rank 0", lambda: here)
+    if here != first:
+        raise HostError("model.weights", here, f"{first}, as on rank 0's host")
+    return find(here, "model.weights")
+
+
+def network(settings: TrainConfig, start: Weights | None, tokenizer: Tokenizer | None = None) -> ModelConfig:
+    """The model's settings, complete: what was left open is as in the weights, or as the run that goes on had it.
+
+    Args:
+        settings: As composed.
+        start: The weights that a new run begins from.
+        tokenizer: Once it is known; where its control tokens were appended, the vocabulary has room for them.
+
+    Raises:
+        ConfigError: A field that is set differs from the weights', or one is not set and there are none.
+    """
+    recorded = Path(str(settings.run_dir)) / "config.yaml"
+    if start is not None:
+        grow = settings.tokenizer.append
+        at_least = 0 if not grow else tokenizer.vocab_size if tokenizer else start.config.vocab_size
+        return architecture(settings.model, start.config, at_least)
+    if settings.model.weights is not None and recorded.exists():
+        theirs = vars(config.from_yaml(recorded).model)
+        return replace(settings.model, **{k: theirs[k] for k, v in vars(settings.model).items() if v is None})
+    settings.model.transformer()  # refuses what is unset or out of range, before anything is prepared
+    return settings.model
+
+
 def assemble(
-    settings: TrainConfig, prepared: Prepared, recorded: TrainState | None, ranks: Ranks, terminal: metrics.Terminal
+    settings: TrainConfig,
+    prepared: Prepared,
+    recorded: TrainState | None,
+    ranks: Ranks,
+    terminal: metrics.Terminal,
+    start: Weights | None = None,
 ) -> Run | None:
     """Check what can be checked before the first step, build the parts, load the newest checkpoint.
 
@@ -106,6 +160,7 @@ def assemble(
         recorded: State of the checkpoint to go on from; None begins anew.
         ranks: All of them call this.
         terminal: Told what a person should know.
+        start: Weights that a new run begins from; None draws them.
 
     Returns:
         The run, ready for its next step; None where it is complete, which the terminal has been told.
@@ -157,8 +212,10 @@ def assemble(
         compute_dtype=compute_dtype,
         activation_checkpointing=settings.parallel.activation_checkpointing,
         reshard_after_forward=settings.parallel.reshard_after_forward,
-        seed=settings.seed,
+        seed=settings.seed if recorded is None and start is None else None,
     )
+    if start is not None:
+        load_start(start, model, settings, prepared.tokenizer, ranks, terminal)
     optimizer = build_optimizer(model, settings.optim)
     state = TrainState(step=0, refused=[], data_key=prepared.key)
     if recorded is not None:
@@ -166,6 +223,27 @@ def assemble(
         terminal.say(f"resuming {run_dir} after step {recorded.step}")
     state = replace(state, choices={"attention": attention})
     return Run(settings, ranks, terminal, run_dir, prepared, loader, model, optimizer, prompts, state)
+
+
+def load_start(
+    start: Weights,
+    model: Transformer,
+    settings: TrainConfig,
+    tokenizer: Tokenizer,
+    ranks: Ranks,
+    terminal: metrics.Terminal,
+) -> None:
+    """Fill a new run's model from weights, and set the rows of control tokens that were never trained."""
+    begin = time.perf_counter()
+    start.fill(model, new_rows=settings.tokenizer.append)
+    ranks.barrier()
+    terminal.say(f"weights from {start.name} in {time.perf_counter() - begin:.1f} s")
+    rows = mend(model, tokenizer, settings.seed)
+    terminal.say(summary(rows, tokenizer))
+    if ranks.is_main:
+        write_origin(
+            Path(str(settings.run_dir)), start, {name: found.record(tokenizer) for name, found in rows.items()}
+        )
 
 
 def attention_backend(wanted: str, recorded: TrainState | None, device_type: str, dtype: torch.dtype) -> str:
@@ -203,23 +281,25 @@ def bf16_compute(precision: str, device: torch.device) -> bool:
     return precision == "bf16_mixed" or (precision == "auto" and device.type == "cuda")
 
 
-def check_run_dir(settings: TrainConfig) -> int:
-    """Make sure that the run's folder is free or holds this very run, before anything is prepared. Rank 0 alone.
-
-    Where there is no checkpoint yet, nothing hangs on the settings of an earlier start, and new ones may replace them.
-
-    Returns:
-        The step of the newest checkpoint; 0 where there is none.
-    """
+def newest_step(settings: TrainConfig) -> int:
+    """The step of the run's newest checkpoint, 0 where there is none; its folder is a run's, or free. Rank 0 alone."""
     folder = Path(str(settings.run_dir))
-    recorded = folder / "config.yaml"
     if folder.exists() and not folder.is_dir():
         raise ConfigError("run_dir", f"{folder}, which is a file", "a folder")
-    newest = max(checkpoint.steps(folder), default=0)
-    if folder.exists() and not recorded.exists() and any(folder.iterdir()):
+    if folder.exists() and not (folder / "config.yaml").exists() and any(folder.iterdir()):
         raise ConfigError(
             "run_dir", f"{folder}, which holds other files and no config.yaml", "a run's folder, an empty or a new one"
         )
+    return max(checkpoint.steps(folder), default=0)
+
+
+def check_run_dir(settings: TrainConfig, newest: int) -> str:
+    """Make sure that the run's folder holds this very run, before anything is prepared. Rank 0 alone.
+
+    Where there is no checkpoint yet, nothing hangs on the settings of an earlier start, and new ones may replace them.
+    """
+    folder = Path(str(settings.run_dir))
+    recorded = folder / "config.yaml"
     changed = config.differences(config.from_yaml(recorded), settings) if newest else {}
     if changed:
         lines = "; ".join(f"{key} was {old!r}, is now {new!r}" for key, (old, new) in changed.items())
@@ -227,7 +307,7 @@ def check_run_dir(settings: TrainConfig) -> int:
             str(folder), f"a run with other settings ({lines})", "the same settings, or an empty folder",
             "Choose another run_dir, or set them back.",
         )  # fmt: skip
-    return newest
+    return ""
 
 
 def open_run_dir(settings: TrainConfig, prepared: Prepared, ranks: Ranks) -> str:
@@ -242,10 +322,11 @@ def open_run_dir(settings: TrainConfig, prepared: Prepared, ranks: Ranks) -> str
         prepared.tokenizer.save(folder / "tokenizer.json")
     except OSError as error:
         raise ConfigError("run_dir", f"{folder}: {error.strerror}", "a folder that can be written") from error
-    # float32 weights and two moments; the newest stays until the next is complete
-    need = 12 * parameter_count(settings.model.transformer())
+    # float32 weights and two moments, and a bfloat16 export; the newest stays until the next is complete
+    need = (14 if settings.train.export_at_end else 12) * parameter_count(settings.model.transformer())
     if (free := shutil.disk_usage(folder).free) < need:
-        raise ConfigError("run_dir", f"{free / 1e9:.1f} GB free for {folder}", f"{need / 1e9:.1f} GB for a checkpoint")
+        what = "a checkpoint and an export" if settings.train.export_at_end else "a checkpoint"
+        raise ConfigError("run_dir", f"{free / 1e9:.1f} GB free for {folder}", f"{need / 1e9:.1f} GB for {what}")
     return ""
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,18 @@ HOME = Path(__file__).parents[2]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
 
 
-def program(cwd: Path, *arguments: str, timeout: float = 110, path: Path = HOME) -> subprocess.CompletedProcess[str]:
-    """Run Python in an empty folder with the project importable."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HYDRA", "RANK", "WORLD"))}
-    environment["PYTHONPATH"] = str(path)
+def program(
+    cwd: Path,
+    *arguments: str,
+    timeout: float = 110,
+    path: Path = HOME,
+    environment: Mapping[str, str] | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Run Python in an empty folder with the project importable; `environment` is added to the process's own."""
+    own = {k: v for k, v in os.environ.items() if not k.startswith(("HYDRA", "RANK", "WORLD"))}
+    whole = own | {"PYTHONPATH": str(path)} | dict(environment or {})
     return subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout,
+        [sys.executable, *arguments], cwd=cwd, env=whole, capture_output=True, text=True, timeout=timeout,
         check=False, stdin=subprocess.DEVNULL,
     )  # fmt: skip
 
@@ -172,6 +179,6 @@ def test_a_prompt_is_answered_from_a_run_and_a_wrong_step_is_named(tmp_path: Pat
     ask = "prompt=It's 1=1, isn't it?"
     answer = program(tmp_path, "-m", "magnum_train.chat", "weights=run@2", ask, "max_new_tokens=5")
     assert answer.returncode == 0, answer.stderr
-    assert "assistant" in answer.stdout
+    assert answer.stdout.endswith("\n")
     wrong = program(tmp_path, "-m", "magnum_train.chat", "weights=run@3", "prompt=Hello", "max_new_tokens=5")
-    assert_refused(wrong, "no checkpoint of run@3", "2, 4")
+    assert_refused(wrong, "no checkpoint run@3", "2, 4")

@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data import Message
-from magnum_train import chat
-from magnum_train.config import compose
+from magnum_train import chat, export
+from magnum_train.config import ExportConfig, TokenizerConfig, compose
 from magnum_train.train import train
+from magnum_train.weights import load_model
 from ranks import run_ranks
 from tiny_runs import conversation, metrics, overrides, write_rows
 
@@ -41,8 +43,20 @@ def test_ten_conversations_are_learnt_and_said_back(tmp_path: Path) -> None:
     rows = metrics(tmp_path / "run")
     assert rows[0]["loss"] > 4
     assert rows[-1]["loss"] < 0.1
-    model, tokenizer = chat.load(str(tmp_path / "run"))
+    model, tokenizer = load_model(str(tmp_path / "run"), TokenizerConfig(), dtype="auto")
     for ask, answer in FACTS.items():
         ids = list(chat.reply(model, tokenizer, [Message("user", ask)], max_new_tokens=60))
         assert ids[-1] == tokenizer.im_end_id
         assert chat.reply_text(tokenizer, ids) == answer
+
+    export.main(ExportConfig(weights=str(tmp_path / "run"), out=str(tmp_path / "out"), dtype="float32"))
+    theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()), info
+    words = AutoTokenizer.from_pretrained(tmp_path / "out")
+    for ask, answer in FACTS.items():
+        asked = words.apply_chat_template(
+            [{"role": "user", "content": ask}], add_generation_prompt=True, return_tensors="pt"
+        )
+        said = theirs.generate(**asked, do_sample=False, max_new_tokens=60)[0, asked["input_ids"].shape[1] :]
+        assert said[-1] == tokenizer.im_end_id  # stops by itself, by what generation_config.json says
+        assert words.decode(said, skip_special_tokens=True) == answer

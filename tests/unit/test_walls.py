@@ -20,6 +20,7 @@ ALLOWED = {
         "rich",
         "tensorboard",
         "numpy",
+        "huggingface_hub",
     },
 }
 

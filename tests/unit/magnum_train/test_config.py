@@ -4,7 +4,9 @@ import dataclasses
 import re
 from pathlib import Path
 
+import hypothesis
 import pytest
+from hypothesis import strategies as st
 
 from magnum_train import config
 from magnum_train.config import TrainConfig, compose, differences, nearest_keys, setting_keys
@@ -22,7 +24,9 @@ def test_every_experiment_composes(name: str) -> None:
 
 
 def test_the_12b_experiment_is_nemo() -> None:
-    settings = compose(["experiment=magnum_v2_12b", "tokenizer.path=t.json"])
+    settings = compose(["experiment=magnum_v2_12b"])
+    assert settings.model.weights == "mistralai/Mistral-Nemo-Base-2407"
+    assert (settings.tokenizer.im_start_slot, settings.tokenizer.im_end_slot) == (14, 15)
     assert (settings.model.dim, settings.model.head_dim, settings.model.vocab_size) == (5120, 128, 131072)
     assert settings.packs_per_step == 128
     assert settings.train.epochs == 2
@@ -30,9 +34,19 @@ def test_the_12b_experiment_is_nemo() -> None:
     assert settings.data.sources["slim_orca"].rows == 16000
 
 
-def test_a_mandatory_setting_left_open_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"tokenizer\.path: found nothing"):
-        compose(["experiment=magnum_v2_12b"])
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["experiment=magnum_v2_12b", "model.weights=null"], r"tokenizer\.path: found nothing.*\n.*or model\.weights"),
+        (["model=from_weights"], r"model\.dim, .*, model\.rope_theta: found nothing.*\n.*or give model\.weights"),
+        (["model.dim=null"], r"model\.dim: found nothing"),
+        (["tokenizer.append=true"], r"tokenizer\.append: found true without model\.weights"),
+        (["tokenizer.append=true", "tokenizer.im_end_slot=4", "model.weights=x"], r"found true, and a slot"),
+    ],
+)
+def test_a_setting_left_open_or_at_odds_is_named(overrides: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        compose(overrides).model.transformer()
 
 
 def test_what_comes_out_is_frozen() -> None:
@@ -193,9 +207,15 @@ def test_a_default_folder_can_be_typed_back_as_weights() -> None:
     assert re.fullmatch(r"runs/[A-Za-z0-9._+-]+", name)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
+def composed(*line: str) -> config.ChatConfig:
+    """Chat's settings from a command line, through Hydra."""
+    config.register()
+    with config.hydra.initialize_config_dir(str(config.CONF), version_base="1.3"):
+        return config._frozen(config.ChatConfig, config.hydra.compose("chat", overrides=config._overrides(list(line))))
+
+
+TEXTS = [
+    *(
         "It's 1=1 (really)!",
         "Hello, how are you?",
         'She said "no"',
@@ -204,12 +224,70 @@ def test_a_default_folder_can_be_typed_back_as_weights() -> None:
         "end\\",
         "${oops} $x",
         "a: b",
+    ),
+    *(
         "[1]",
+        "null",
+        "???",
+        "",
+        " ",
+        "'quoted'",
+        '"quoted"',
+        "'",
+        "# 1",
+        "a\nb\n",
+        "\\${x}",
+        "\\\\${x}\\",
+        "'${'",
+        "{a: 1}",
+        "~",
+    ),
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_prompt_may_be_any_text(text: str) -> None:
+    chat = composed("weights=runs/a=b,c", f"prompt={text}", f"system={text}")
+    assert (chat.prompt, chat.system, chat.weights) == (text, text, "runs/a=b,c")
+
+
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(
+    st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12)
+    | st.text(st.sampled_from("\\'\"${}=,#?[]:~ \nnul"), max_size=12)
+)
+def test_whatever_a_shell_can_pass_arrives_as_it_was_typed(text: str) -> None:
+    """A shell passes anything but the zero character."""
+    path = f"x{text}x"  # not in quotes of its own
+    chat = composed(f"weights={path}", f"prompt={text}", f"system={text}")
+    assert (chat.weights, chat.prompt, chat.system) == (path, text, text)
+
+
+def test_a_path_may_be_null_or_quoted() -> None:
+    chat = composed("weights='runs/a,b'", "prompts=null", 'prompt_file="my file"')
+    assert (chat.weights, chat.prompts, chat.prompt_file) == ("runs/a,b", None, "my file")
+
+
+@pytest.mark.parametrize(
+    ("word", "place"), [("prompt=\udcff", "prompt"), ("\udcff=1", "command line"), ("\udcff", "command line")]
+)
+def test_bytes_that_are_no_text_are_refused_by_name(word: str, place: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{place}: found bytes that are not UTF-8"):
+        composed("weights=w", word)
+
+
+@pytest.mark.parametrize(
+    ("line", "place"),
+    [
+        (["prompt=a", "prompts=b"], "prompt"),
+        (["prompt_file=a", "prompts=b"], "prompt_file"),
+        (["prompts=b", "system=c"], "system"),
+        (["dtype=float16"], "dtype"),
+        (["repetition_penalty=0"], "repetition_penalty"),
+        (["temperature=-1"], "temperature"),
     ],
 )
-def test_a_prompt_may_be_any_text(text: str) -> None:
-    config.register()
-    with config.hydra.initialize_config_dir(str(config.CONF), version_base="1.3"):
-        node = config.hydra.compose("chat", overrides=config._overrides(["weights=runs/a=b,c", f"prompt={text}"]))
-    chat = config._frozen(config.ChatConfig, node)
-    assert (chat.prompt, chat.weights) == (text, "runs/a=b,c")
+def test_settings_of_a_chat_that_do_not_go_together_are_refused(line: list[str], place: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        composed("weights=w", *line)
+    assert caught.value.place == place

@@ -1,0 +1,154 @@
+"""Rows of control tokens in a checkpoint's embedding and output matrices: measured, and mended where untrained.
+
+A base model has ids that no text ever used. Their rows are zero, or what a random start has left; a conversation is
+full of two of them. A zero row meets a norm whose epsilon is all that is left of it, and the first gradients explode.
+So at load, once, before the first step, such rows are set to the mean of the rows of ordinary text. Runs under the
+process group, on weights that are already sharded by rows.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from data import Tokenizer
+from magnum_train.errors import CheckpointError
+from model import Transformer
+from model.hf import local_region
+
+MATRICES = ("tok_embeddings", "output")
+NOISE = 0.01
+"""Spread of the noise that tells mended rows apart, as a share of the root mean square of ordinary rows."""
+_ROWS_AT_ONCE = 4096  # of a matrix, in float64: 160 MiB at Nemo's width
+
+
+@dataclass(frozen=True)
+class Mended:
+    """What was found in one matrix, and what was done.
+
+    Args:
+        ordinary: Rows of ordinary text that are not zero.
+        median: Their median norm.
+        low: Below this norm a ChatML row counts as untrained.
+        high: Above this norm too.
+        mean: Norm of the mean of the ordinary rows.
+        norms: Norm of each control token's row as it was found, by name.
+        mended: Names of those that were set anew.
+    """
+
+    ordinary: int
+    median: float
+    low: float
+    high: float
+    mean: float
+    norms: dict[str, float]
+    mended: list[str]
+
+    def record(self, tokenizer: Tokenizer) -> dict[str, Any]:
+        """As a JSON object: the tokens that conversations use with their norms, the others by number."""
+        used = [n for n, id_ in tokenizer.controls.items() if id_ in (tokenizer.bos_id, *chatml_ids(tokenizer))]
+        return {
+            "ordinary_rows": self.ordinary,
+            "median_norm": self.median,
+            "mean_row_norm": self.mean,
+            "trained_between": [self.low, self.high],
+            "norm_found": {name: self.norms[name] for name in used},
+            "mended": {name: tokenizer.controls[name] for name in used if name in self.mended},
+            "others_mended": sorted(tokenizer.controls[name] for name in self.mended if name not in used),
+        }
+
+
+def chatml_ids(tokenizer: Tokenizer) -> tuple[int, int]:
+    """The ids that open and close a message."""
+    return tokenizer.im_start_id, tokenizer.im_end_id
+
+
+@torch.no_grad()
+def mend(model: Transformer, tokenizer: Tokenizer, seed: int) -> dict[str, Mended]:
+    """Measure the rows of all control tokens in both matrices, and set the untrained ones. All ranks call.
+
+    A row counts as untrained where its norm is below a thousandth of the ordinary rows' median. Those of
+    `<|im_start|>` and `<|im_end|>`, to which this project gives their meaning, count as untrained too where their norm
+    is far off: below half of the least, or above twice the most, that ordinary rows have (a ten-thousandth of them on
+    each side left out). Half of their mean's norm is the least where that is smaller, so that a second stage of
+    training leaves the rows alone that a first one began at the mean. Other control tokens are spared the second test:
+    the row of `<s>` may well be unlike all others, and is trained.
+
+    The new value is the mean of the ordinary rows that are not zero, in float64, plus normal noise of `NOISE` times
+    their root mean square, from a generator seeded by the run's seed, the matrix and the id: the same whatever the
+    number of ranks. Rows beyond the tokenizer's vocabulary that are zero are set likewise.
+
+    Args:
+        model: With weights loaded, sharded by rows.
+        tokenizer: Its control tokens are the ones measured.
+        seed: The run's.
+
+    Returns:
+        By matrix, what was found and done; the same on all ranks.
+
+    Raises:
+        CheckpointError: A matrix has no row that is not zero.
+    """
+    return {matrix: _mend(getattr(model, matrix).weight, matrix, tokenizer, seed) for matrix in MATRICES}
+
+
+def _mend(weight: Tensor, matrix: str, tokenizer: Tokenizer, seed: int) -> Mended:
+    local, (first, *_) = local_region(weight)
+    size, dim = weight.shape
+    controls = torch.zeros(size, dtype=torch.bool)
+    controls[sorted(tokenizer.control_ids)] = True
+    controls[tokenizer.vocab_size :] = True  # no text yields them
+    mine = controls[first : first + local.shape[0]].to(local.device)
+
+    # One sum over ranks carries all: each row's square norm, then the sum over ordinary rows of each column.
+    sums = torch.zeros(size + dim, dtype=torch.float64, device=local.device)
+    if not isinstance(weight, DTensor) or all(
+        weight.device_mesh.get_local_rank(i) == 0 or p.is_shard() for i, p in enumerate(weight.placements)
+    ):  # copies of a shard must not be added up
+        for start in range(0, local.shape[0], _ROWS_AT_ONCE):
+            part = local[start : start + _ROWS_AT_ONCE].double()
+            sums[first + start : first + start + part.shape[0]] = part.square().sum(dim=1)
+            sums[size:] += part[~mine[start : start + _ROWS_AT_ONCE]].sum(dim=0)
+    dist.all_reduce(sums)
+    norms, total = sums[:size].sqrt().cpu(), sums[size:]
+
+    ordinary = norms[~controls & (norms > 0)]
+    if not len(ordinary):
+        raise CheckpointError(f"{matrix} of the weights", "zeros alone", "rows of trained tokens", "Fetch them again.")
+    mean = total / len(ordinary)
+    mean_norm = float(mean.norm())
+    low = 0.5 * min(float(ordinary.quantile(1e-4)), mean_norm)
+    high = 2 * float(ordinary.quantile(1 - 1e-4))
+    untrained = controls & (norms < ordinary.median() / 1000)
+    for id_ in chatml_ids(tokenizer):
+        untrained[id_] |= not low <= float(norms[id_]) <= high
+
+    spread = NOISE * float((ordinary.square().mean() / dim).sqrt())
+    for id_ in untrained.nonzero().flatten().tolist():
+        if first <= id_ < first + local.shape[0]:
+            digest = hashlib.sha256(f"{seed}/{matrix}/{id_}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)  # 63 bits: a signed seed
+            noise = torch.randn(dim, generator=generator, dtype=torch.float64) * spread
+            local[id_ - first] = (mean + noise.to(mean.device)).to(local.dtype)
+    names = tokenizer.controls.items()
+    return Mended(
+        ordinary=len(ordinary), median=float(ordinary.median()), low=low, high=high, mean=mean_norm,
+        norms={name: float(norms[id_]) for name, id_ in names},
+        mended=[name for name, id_ in names if untrained[id_]],
+    )  # fmt: skip
+
+
+def summary(found: dict[str, Mended], tokenizer: Tokenizer) -> str:
+    """What a person should know of it, in one line a matrix."""
+    lines = []
+    for matrix, rows in found.items():
+        used = [name for name in rows.mended if tokenizer.controls[name] in chatml_ids(tokenizer)]
+        what = f"{len(rows.mended)} of {len(rows.norms)} control rows were untrained"
+        named = f" ({', '.join(used)} among them)" if used else ""
+        done = " and begin at the mean of the others" if rows.mended else ""
+        lines.append(f"{matrix}: {what}{named}{done}; median norm of {rows.ordinary:,} ordinary rows {rows.median:.3f}")
+    return "\n".join(lines)

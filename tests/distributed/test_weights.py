@@ -1,0 +1,349 @@
+"""Training from weights that somebody else made: sharded loading, untrained rows, and what a run keeps of it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from base_models import BASE, LARGE, SLOTS, base_model, write_base
+from data import Tokenizer
+from magnum_train import checkpoint, distributed, embeddings, train
+from magnum_train.config import TokenizerConfig, compose
+from magnum_train.optim import build_optimizer
+from magnum_train.parallelize import build
+from magnum_train.weights import find, open_tokenizer, read_origin
+from model import Transformer, TransformerConfig
+from model.hf import HFFolder, load_hf, save_hf
+from ranks import run_ranks
+from tiny_runs import TINY_MODEL, metrics, overrides
+
+HOME = Path(__file__).parents[2]
+
+
+def line_from(folder: Path, base: Path, *more: str) -> list[str]:
+    """Overrides of a tiny run that takes its architecture and its vocabulary from a folder."""
+    line = [word for word in overrides(folder) if word not in TINY_MODEL]
+    return [*line, "model=from_weights", f"model.weights={base}", *more]
+
+
+def empty(mesh: Any, checkpointing: str = "none", config: TransformerConfig = BASE) -> Transformer:
+    return build(
+        config, attention_backend="sdpa", mesh=mesh, device=torch.device("cpu"), compute_dtype=torch.float32,
+        activation_checkpointing=checkpointing, reshard_after_forward=True, seed=None,
+    )  # fmt: skip
+
+
+def digest_of(model: Transformer) -> dict[str, Tensor]:
+    return {name: p.full_tensor() for name, p in model.named_parameters()}  # type: ignore[operator]
+
+
+def in_and_out(base: str, out: str, replicate: int) -> None:
+    """Load sharded, save as a folder and as a run's checkpoint."""
+    with distributed.start(timeout_seconds=60, replicate=replicate, threads=1, deterministic=False) as ranks:
+        model = empty(ranks.mesh, "full")  # whose names bear a wrapper's
+        load_hf(model, base)
+        save_hf(model, out, dtype=torch.bfloat16, max_shard_bytes=30_000, write=ranks.is_main)
+        ranks.barrier()
+        checkpoint.save(
+            Path(f"{out}-run"), model, build_optimizer(model, compose([]).optim),
+            checkpoint.TrainState(step=1, refused=[], data_key=""), keep_last=None, ranks=ranks,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(("world", "replicate"), [(1, 1), (2, 1), (4, 1), (4, 2)])
+def test_in_and_out_without_a_step_is_bit_identical(world: int, replicate: int, tmp_path: Path) -> None:
+    write_base(tmp_path / "base", dtype=torch.bfloat16, shard=30_000)
+    run_ranks(in_and_out, world, str(tmp_path / "base"), str(tmp_path / "out"), replicate)
+    files = sorted((tmp_path / "base").glob("model*.safetensors"))
+    assert len(files) > 2
+    for file in files:
+        assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()
+    saved = tmp_path / "out-run" / "checkpoints" / "step-00000001"
+    folder = HFFolder(tmp_path / "base")
+    for name, parameter in Transformer(BASE).named_parameters():
+        read = checkpoint.read_weight(saved, name, tuple(parameter.shape), torch.bfloat16)
+        assert torch.equal(read, folder.read(name)), name
+
+
+def test_a_rank_reads_its_own_rows_alone(tmp_path: Path) -> None:
+    write_base(tmp_path / "base")
+    counts = run_ranks(elements_read, 4, str(tmp_path / "base"))
+    assert all(read == held for read, held in counts)
+    assert sum(read for read, _ in counts) == sum(p.numel() for p in Transformer(BASE).parameters())
+
+
+def elements_read(base: str) -> tuple[int, int]:
+    with distributed.start(timeout_seconds=60, replicate=1, threads=1, deterministic=False) as ranks:
+        model, folder, read = empty(ranks.mesh), HFFolder(base), 0
+        real = folder.read
+
+        def counted(*arguments: Any) -> Tensor:
+            nonlocal read
+            tensor = real(*arguments)
+            read += tensor.numel()
+            return tensor
+
+        folder.read = counted  # type: ignore[method-assign]
+        load_hf(model, folder)
+        return read, sum(p.to_local().numel() for p in model.parameters())  # type: ignore[operator]
+
+
+def mended(base: str, scale_end: float = 0.0) -> tuple[dict[str, Any], dict[str, Any], Tensor, Tensor]:
+    """Mend twice; both accounts, and the rows of the first eight ids in both matrices."""
+    with distributed.start(timeout_seconds=60, replicate=1, threads=1, deterministic=False) as ranks:
+        model = empty(ranks.mesh)
+        load_hf(model, base)
+        tokenizer = open_tokenizer(TokenizerConfig(im_start_slot=3, im_end_slot=4), Path(base))
+        first, again = (
+            {m: f.record(tokenizer) for m, f in embeddings.mend(model, tokenizer, 1).items()} for _ in range(2)
+        )
+        rows = [getattr(model, m).weight.full_tensor()[:8].clone() for m in embeddings.MATRICES]
+        return first, again, rows[0], rows[1]
+
+
+def test_untrained_rows_begin_at_the_mean_once_and_alike_on_any_number_of_ranks(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", zero=(2, 3, 4))
+    results = {world: run_ranks(mended, world, str(tmp_path / "base")) for world in (1, 2, 3)}
+    first, again, embed, output = results[1][0]
+    for world in (2, 3):
+        for _, _, other_embed, other_output in results[world]:
+            assert torch.equal(embed, other_embed)
+            assert torch.equal(output, other_output)
+    for matrix, rows in (("tok_embeddings", embed), ("output", output)):
+        whole = getattr(base, matrix).weight.detach()
+        ordinary = whole[5:]
+        rms = ordinary.square().mean().sqrt()
+        for id_ in (2, 3, 4):
+            off = rows[id_] - ordinary.mean(dim=0)
+            assert 0 < off.square().mean().sqrt() < 2 * embeddings.NOISE * rms
+        assert len({tuple(row.tolist()) for row in rows[2:5]}) == 3  # each distinct
+        assert torch.equal(rows[[0, 1, 5, 6, 7]], whole[[0, 1, 5, 6, 7]])
+        assert first[matrix]["mended"] == {"<|im_start|>": 3, "<|im_end|>": 4}
+        assert first[matrix]["others_mended"] == [2]
+        assert first[matrix]["norm_found"]["<|im_end|>"] == 0
+        assert first[matrix]["ordinary_rows"] == 315
+        assert again[matrix]["mended"] == {}
+        assert again[matrix]["others_mended"] == []
+
+
+@pytest.mark.parametrize(("factor", "far_off"), [(1e-4, True), (0.5, False), (1.0, False), (2.0, False), (30.0, True)])
+def test_a_norm_far_off_counts_as_untrained_for_chatml_tokens_alone(
+    factor: float, far_off: bool, tmp_path: Path
+) -> None:
+    """`<s>`, whose row may be unlike all others and is trained, keeps it, unless it is next to nothing."""
+    folder = tmp_path / "base"
+    write_base(folder, zero=(), shard=10**9)
+    tensors = load_file(folder / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name][[0, 4]] *= factor
+    from safetensors.torch import save_file
+
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    [(first, _, embed, _)] = run_ranks(mended, 1, str(folder))
+    for matrix in embeddings.MATRICES:
+        assert first[matrix]["mended"] == ({"<s>": 0} if factor == 1e-4 else {}) | (
+            {"<|im_end|>": 4} if far_off else {}
+        )
+    kept = tensors["model.embed_tokens.weight"][:8]
+    assert torch.equal(embed[0], kept[0]) == (factor != 1e-4)
+    assert torch.equal(embed[4], kept[4]) == (not far_off)
+
+
+def go(line: list[str]) -> None:
+    train.train(compose(line))
+
+
+def refused(line: list[str]) -> str:
+    try:
+        train.train(compose(line))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_a_run_from_a_base_model_with_zeroed_rows_begins_sanely_and_records_it(tmp_path: Path) -> None:
+    """Its first gradient is of the size of that of the same model with healthy rows, on one rank and on two."""
+    write_base(tmp_path / "base")
+    write_base(tmp_path / "healthy", zero=())
+    first = {}
+    for name, base, world in (("one", "base", 1), ("two", "base", 2), ("healthy", "healthy", 1)):
+        line = line_from(tmp_path, tmp_path / base, *SLOTS, "train.max_steps=2", f"run_dir={tmp_path / 'runs' / name}")
+        run_ranks(go, world, line)
+        first[name] = metrics(tmp_path / "runs" / name)[0]
+    assert first["one"]["loss"] == pytest.approx(first["two"]["loss"], rel=1e-6)
+    assert first["one"]["grad_norm"] == pytest.approx(first["two"]["grad_norm"], rel=1e-5)
+    assert 0.2 < first["one"]["grad_norm"] / first["healthy"]["grad_norm"] < 5
+    for key in ("one", "two"):
+        origin = read_origin(tmp_path / "runs" / key)
+        assert origin["weights"] == str(tmp_path / "base")
+        assert origin["max_positions"] == 4096
+        assert origin["control_rows"]["output"]["mended"] == {"<|im_start|>": 3, "<|im_end|>": 4}
+    assert read_origin(tmp_path / "runs" / "healthy")["control_rows"]["output"]["mended"] == {}
+    settings = compose(line_from(tmp_path, tmp_path / "base", *SLOTS))
+    assert settings.model.dim is None
+    recorded = find(str(tmp_path / "runs" / "one"), "weights").config
+    assert recorded == BASE
+
+
+def test_the_first_loss_is_that_of_transformers_on_the_same_rows(tmp_path: Path) -> None:
+    """From folder to first loss through every part: Σ weight × cross-entropy ÷ Σ weight, document by document."""
+    from transformers import AutoModelForCausalLM
+
+    from data.prepared import open_prepared
+
+    write_base(tmp_path / "base", zero=())
+    line = line_from(tmp_path, tmp_path / "base", *SLOTS, "train.max_steps=1", "train.tokens_per_step=4096")
+    run_ranks(go, 2, line)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    [folder] = [entry for entry in (tmp_path / "prepared").iterdir() if not entry.name.startswith(".")]
+    documents = open_prepared(folder).train
+    total = weight = 0.0
+    for start, end in zip(documents.offsets[:-1], documents.offsets[1:], strict=True):
+        tokens = torch.tensor(documents.tokens[start:end]).long()
+        weights = torch.tensor(documents.weights[start + 1 : end]).double()
+        with torch.no_grad():
+            logits = theirs(tokens[None]).logits[0, :-1].double()
+        total += float((torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none") * weights).sum())
+        weight += float(weights.sum())
+    row = metrics(tmp_path / "run")[0]
+    assert row["documents"] == len(documents.offsets) - 1  # the one step holds them all
+    assert row["loss"] == pytest.approx(total / weight, rel=1e-5)
+
+
+def test_a_run_goes_on_where_its_base_model_is_no_longer(tmp_path: Path) -> None:
+    write_base(tmp_path / "base")
+    line = line_from(tmp_path, tmp_path / "base", *SLOTS, "train.max_steps=4", "checkpoint.every_steps=2")
+    run_ranks(go, 1, [*line, f"run_dir={tmp_path / 'whole'}"])
+    run_ranks(go, 1, [*line, "train.max_steps=2"])
+    shutil.rmtree(tmp_path / "base")
+    before = read_origin(tmp_path / "run")
+    run_ranks(go, 1, [*line, "optim.schedule=cosine"])
+    assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2, 3, 4]
+    assert read_origin(tmp_path / "run") == before
+    state = checkpoint.read_state(checkpoint.path_of(tmp_path / "run", 4))
+    assert state.step == 4
+
+
+def test_a_second_stage_begins_from_a_run_and_leaves_its_rows_alone(tmp_path: Path) -> None:
+    write_base(tmp_path / "base")
+    run_ranks(go, 2, line_from(tmp_path, tmp_path / "base", *SLOTS, "train.max_steps=3"))
+    second = line_from(
+        tmp_path, tmp_path / "run", "train.max_steps=1", f"run_dir={tmp_path / 'second'}", "optim.lr=1e-9",
+    )  # fmt: skip
+    run_ranks(go, 2, second)
+    origin = read_origin(tmp_path / "second")
+    assert origin["weights"] == f"{tmp_path / 'run'}@3"
+    assert origin["max_positions"] == 4096
+    assert all(not rows["mended"] and not rows["others_mended"] for rows in origin["control_rows"].values())
+    a, b = (find(str(tmp_path / name), "weights") for name in ("run", "second"))
+    for name, parameter in Transformer(BASE).named_parameters():
+        assert torch.allclose(a.read(name, torch.float32), b.read(name, torch.float32), atol=1e-7), name
+        assert parameter.shape == a.read(name, torch.float32).shape
+    assert Tokenizer.from_file(tmp_path / "second" / "tokenizer.json").im_end_id == 4
+
+
+def test_appended_control_tokens_get_rows_of_their_own(tmp_path: Path) -> None:
+    """A checkpoint without reserved ids: 320 ids, all taken; two more are added, and their rows begin at the mean."""
+    write_base(tmp_path / "base", zero=(), reserved=False)
+    line = line_from(tmp_path, tmp_path / "base", "tokenizer.append=true", "train.max_steps=1")
+    [said] = run_ranks(refused, 1, [word for word in line if word != "tokenizer.append=true"])
+    assert "no control token <|im_start|>" in said
+    run_ranks(go, 2, line)
+    found = find(str(tmp_path / "run"), "weights")
+    assert found.config.vocab_size == 322
+    tokenizer = open_tokenizer(TokenizerConfig(), found.vocabulary)
+    assert (tokenizer.im_start_id, tokenizer.im_end_id) == (320, 321)
+    rows = read_origin(tmp_path / "run")["control_rows"]["tok_embeddings"]
+    assert rows["mended"] == {"<|im_start|>": 320, "<|im_end|>": 321}
+    embed = found.read("tok_embeddings.weight", torch.float32)
+    base = base_model(zero=()).tok_embeddings.weight.detach()
+    assert (embed[:320] - base).abs().max() < 0.01  # one step
+    assert (embed[320:] - base[5:].mean(dim=0)).abs().max() < 0.05
+    run_ranks(go, 1, [*line, "train.max_steps=2"])  # goes on
+    assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2]
+
+
+MISTAKES = {
+    "architecture": (["model=tiny"], ["model.dim=128 (in the weights 40)", "Choose model=from_weights"]),
+    "no such folder": (["model.weights=/nowhere/at/all"], ["model.weights: found no folder /nowhere/at/all"]),
+    "slots": (["~tokenizer.im_start_slot"], ["no control token <|im_start|>", "<SPECIAL_3>=3"]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_named_before_anything_is_prepared(mistake: str, tmp_path: Path) -> None:
+    write_base(tmp_path / "base")
+    words, said = MISTAKES[mistake]
+    line = line_from(tmp_path, tmp_path / "base", *([] if mistake == "slots" else SLOTS))
+    line = [word for word in line if not (mistake == "architecture" and word == "model=from_weights")]
+    [message] = run_ranks(refused, 1, [*line, *(w for w in words if not w.startswith("~"))])
+    for words_ in said:
+        assert words_ in message
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "prepared").exists()
+
+
+def test_export_at_end_leaves_a_folder_once(tmp_path: Path) -> None:
+    write_base(tmp_path / "base", dtype=torch.bfloat16)
+    line = line_from(tmp_path, tmp_path / "base", *SLOTS, "train.max_steps=2", "train.export_at_end=true")
+    run_ranks(go, 2, line)
+    out = tmp_path / "run" / "exports" / "step-00000002"
+    assert json.loads((out / "config.json").read_text())["max_position_embeddings"] == 4096
+    stamp = (out / "config.json").stat().st_mtime_ns
+    run_ranks(go, 2, line)
+    assert (out / "config.json").stat().st_mtime_ns == stamp
+    shutil.rmtree(out)
+    run_ranks(go, 1, line)  # a complete run makes up for it
+    folder, run = HFFolder(out), find(str(tmp_path / "run"), "weights")
+    for name, _ in Transformer(BASE).named_parameters():
+        assert torch.equal(folder.read(name), run.read(name, torch.bfloat16)), name
+
+
+def save_large(run_dir: str) -> None:
+    """A run's checkpoint of 150 MB of weights, by four ranks."""
+    with distributed.start(timeout_seconds=60, replicate=1, threads=1, deterministic=False) as ranks:
+        model = empty(ranks.mesh, config=LARGE)
+        for parameter in model.parameters():
+            torch.nn.init.ones_(parameter)
+        state = checkpoint.TrainState(step=1, refused=[], data_key="")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        checkpoint.save(Path(run_dir), model, optimizer, state, keep_last=None, ranks=ranks)
+
+
+MEASURE = """
+import resource, sys
+from pathlib import Path
+import torch
+from data import Tokenizer
+from magnum_train.export import export
+from magnum_train.weights import Weights
+from base_models import LARGE
+tokenizer = Tokenizer.from_file(sys.argv[2] + "/tokenizer.json", im_start_slot=3, im_end_slot=4)
+found = Weights("a run", Path(sys.argv[1]), LARGE, 4096, Path(sys.argv[2]), None)
+found.read("norm.weight", torch.bfloat16)  # the library's own start
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+export(found, tokenizer, Path(sys.argv[3]), torch.bfloat16, 10 * 10**6)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+"""
+
+
+def test_an_export_holds_one_shard_whatever_the_run_weighs(tmp_path: Path) -> None:
+    """Shards of 10 MB of 75 MB in bfloat16; a rank's part of the largest tensor, 5 MB, is read on top of it."""
+    write_base(tmp_path / "base")
+    run_ranks(save_large, 4, str(tmp_path / "run"))
+    folder = checkpoint.path_of(tmp_path / "run", 1)
+    paths = f"{HOME}:{HOME / 'tests'}"
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(folder), str(tmp_path / "base"), str(tmp_path / "out")],
+        capture_output=True, text=True, timeout=100, check=True, env=os.environ | {"PYTHONPATH": paths},
+    )  # fmt: skip
+    assert sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors")) > 70e6
+    assert int(done.stdout) < 35e6

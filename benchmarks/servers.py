@@ -385,7 +385,7 @@ def check_llama_cpp(
             body = {"temperature": 0, "n_predict": tokens, "return_tokens": True, "cache_prompt": False}
             answer = ask("/completion", {"prompt": oracle.prompt, **body})
             reply, ended = answer["tokens"], answer["stop_type"] == "eos"
-            same_reply(oracle, reply[:-1] if ended and reply[-1:] and reply[-1] in oracle.stops else reply, ended)
+            same_reply(oracle, reply[:-1] if ended and reply and reply[-1] in oracle.stops else reply, ended)
 
         def stops(ask: Callable[..., Any]) -> None:
             body = {"temperature": 0, "n_predict": 4, "logit_bias": [[oracle.end, PUSH]], "cache_prompt": False}
@@ -441,7 +441,8 @@ def check_vllm(table: Table, oracle: Oracle, tokens: int) -> None:
         from vllm import LLM, SamplingParams
 
         # No tokenizer mode is named: what vLLM chooses by itself is part of the check.
-        model = LLM(str(oracle.folder), dtype="float32", max_model_len=1024, enforce_eager=True, seed=0)
+        longest = min(1024, json.loads((oracle.folder / "config.json").read_text())["max_position_embeddings"])
+        model = LLM(str(oracle.folder), dtype="float32", max_model_len=longest, enforce_eager=True, seed=0)
         greedy = SamplingParams(temperature=0, max_tokens=tokens)
         answer = model.chat(oracle.messages, greedy, use_tqdm=False)[0]
         expect("ids of the conversation", list(answer.prompt_token_ids), oracle.prompt)

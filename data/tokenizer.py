@@ -363,6 +363,27 @@ class Tokenizer:
         return "".join(pieces)
 
 
+def named_chatml(folder: Path) -> tuple[int | None, int | None]:
+    """The ids under which a folder's tokenizer.json already names `<|im_start|>` and `<|im_end|>`.
+
+    Args:
+        folder: with a tokenizer.json, or without.
+
+    Returns:
+        Both ids; None where the name is not there.
+
+    Raises:
+        DataError: the file is not a tokenizer.
+    """
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return None, None
+    spec = _read_json(file)
+    ids = dict(_model_of(spec, str(file))["vocab"])
+    ids |= {token["content"]: token["id"] for token in spec.get("added_tokens") or ()}
+    return ids.get(IM_START), ids.get(IM_END)
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train byte-level BPE with ChatML control tokens; the same texts give the same tokenizer.
 

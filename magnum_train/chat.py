@@ -131,6 +131,7 @@ def reply(
         temperature=temperature,
         top_p=top_p,
         repetition_penalty=repetition_penalty,
+        vocab_size=tokenizer.vocab_size,
         seed=seed,
         past=past,
     )

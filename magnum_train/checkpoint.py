@@ -4,8 +4,8 @@ A checkpoint is written beside its place under a name that nothing reads, and re
 `state.json` are on disk. What can be worked out from the step (position in the data, learning rate) is not in it.
 """
 
+import io
 import json
-import os
 import pickle
 import re
 import shutil
@@ -17,8 +17,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -30,6 +33,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from magnum_train.distributed import Ranks
 from magnum_train.errors import CheckpointError
+from model.hf import sync_to_disk
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8})")
@@ -42,6 +46,7 @@ _METADATA_CLASSES = {
     "torch.serialization": ("_get_layout",),
     "torch": ("Size",),
     "pathlib": ("PosixPath", "WindowsPath"),
+    "pathlib._local": ("PosixPath", "WindowsPath"),  # the same in Python 3.13
 }  # fmt: skip
 """What torch's description of a checkpoint is made of, by module; dtypes beside it."""
 
@@ -90,15 +95,6 @@ def read_state(folder: Path) -> TrainState:
     return state
 
 
-def _sync(path: Path) -> None:
-    """Have the operating system put a file or folder on disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def save(
     run_dir: Path,
     model: nn.Module,
@@ -129,14 +125,14 @@ def save(
         aside.mkdir(parents=True)
     ranks.barrier()
     weights, moments = get_state_dict(model, optimizer)
-    dcp_save({"model": weights, "optimizer": moments}, checkpoint_id=aside)
+    dcp_save({"model": weights, "optimizer": moments}, checkpoint_id=str(aside))
     if ranks.is_main:
         (aside / "state.json").write_text(json.dumps(asdict(state), indent=1))
         for file in aside.iterdir():
-            _sync(file)
-        _sync(aside)
+            sync_to_disk(file)
+        sync_to_disk(aside)
         aside.rename(final)
-        _sync(final.parent)
+        sync_to_disk(final.parent)
         for step in steps(run_dir)[: -keep_last if keep_last else 0]:
             removed = path_of(run_dir, step)
             shutil.rmtree(removed.rename(removed.with_name(f".removing-{removed.name}")))
@@ -162,13 +158,8 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Tr
     weights, moments = get_state_dict(model, optimizer)
     whole: dict[str, Any] = {"model": weights, "optimizer": moments}
     hyper = [dict(group) for group in optimizer.param_groups]
-    try:
-        dcp_load(whole, storage_reader=_Reader(folder))
-    except Exception as error:  # torch wraps every rank's own error in one without a common type
-        raise CheckpointError(
-            str(folder), _reason(error), "the weights and moments of this model",
-            "Remove this checkpoint to go on from the one before, or choose another run_dir.",
-        ) from error  # fmt: skip
+    remedy = "Remove this checkpoint to go on from the one before, or choose another run_dir."
+    _read(folder, whole, "the weights and moments of this model", remedy)
     set_state_dict(
         model,
         optimizer,
@@ -191,7 +182,7 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     Raises:
         CheckpointError: If its contents do not fit the model.
     """
-    _read(folder, get_model_state_dict(model))
+    _read(folder, {"model": get_model_state_dict(model)}, "the weights of this model", alone=not dist.is_initialized())
 
 
 def read_weight(folder: Path, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -212,26 +203,44 @@ def read_weight(folder: Path, name: str, shape: tuple[int, ...], dtype: torch.dt
         CheckpointError: If it is not there in this shape.
     """
     value = torch.empty(shape, dtype=dtype)
-    _read(folder, {name: value}, alone=True)
+    _read(folder, {"model": {name: value}}, "the weights of this model", alone=True)
     return value
 
 
-def _read(folder: Path, weights: dict[str, Any], *, alone: bool = False) -> None:
-    """Fill tensors from a checkpoint, in place; together with the other ranks, or alone."""
-    alone = alone or not dist.is_initialized()
+def _read(folder: Path, whole: dict[str, Any], expected: str, remedy: str = "", *, alone: bool = False) -> None:
+    """Fill the tensors of a state from a checkpoint, in place; together with the other ranks, or alone."""
     try:
+        there = _Reader(folder).read_metadata().state_dict_metadata
+        for name, tensor in whole["model"].items():  # what is no tensor there would be put in the tensor's place
+            found = there.get(f"model.{name}")
+            if not isinstance(found, TensorStorageMetadata):
+                raise CheckpointError(str(folder), f"no tensor {name}", expected, remedy)
+            if found.size != tensor.shape:
+                shapes = f"{name} of shape {list(found.size)}", f"{list(tensor.shape)}, as in {expected}"
+                raise CheckpointError(str(folder), *shapes, remedy)
         with warnings.catch_warnings():  # torch remarks that there is no process group; there is to be none
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp_load({"model": weights}, storage_reader=_Reader(folder), no_dist=alone)
-    except Exception as error:  # torch wraps every rank's own error in one without a common type
-        raise CheckpointError(str(folder), _reason(error), "the weights of this model") from error
+            dcp_load(whole, storage_reader=_Reader(folder), planner=_Planner(), no_dist=alone)
+    except CheckpointError:
+        raise
+    except (Exception, CheckpointException) as error:  # each rank's own error, wrapped in one that is no Exception
+        raise CheckpointError(str(folder), _reason(error), expected, remedy) from error
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """The first line of what went wrong on the first rank where something did."""
     failures = getattr(error, "failures", None)
     cause = next(iter(failures.values()))[0] if failures else error
     return (str(cause).splitlines() or [type(cause).__name__])[0]
+
+
+class _Planner(DefaultLoadPlanner):
+    """Takes plain values, such as the optimizer's groups, and nothing that could be called to an effect."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        torch.load(value, weights_only=True)  # refuses all else; what follows would not
+        value.seek(0)
+        super().load_bytes(read_item, value)
 
 
 class _Reader(FileSystemReader):

@@ -405,19 +405,19 @@ class ExportConfig:
     out: str = MISSING
     """The folder to write; must not exist."""
     dtype: str = "bfloat16"
-    """bfloat16 as published and served, or float32, the masters themselves."""
+    """bfloat16 as published and served, float32 (a run's masters themselves), or float16."""
     max_shard_gb: float = 5.0
     """Most gigabytes (1e9 bytes) of a file, and of memory that an export takes."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     """Where the weights' own tokenizer is not the one to use, or lacks control tokens."""
 
     def __post_init__(self) -> None:
-        _choice("dtype", self.dtype, ("bfloat16", "float32"))
+        _choice("dtype", self.dtype, ("bfloat16", "float16", "float32"))
         _above("max_shard_gb", self.max_shard_gb, 0)
 
 
 RESUMABLE = (
-    "run_dir", "model.attention", "model.weights", "data.prepared_dir", "data.max_loss_share", "data.sources.*.path",
+    "run_dir", "model.attention", "data.prepared_dir", "data.max_loss_share", "data.sources.*.path",
     "data.sources.*.validation_path", "tokenizer.path", "train.max_steps", "train.epochs",
     "train.max_skipped_steps", "train.threads", "train.collect_garbage_every_steps", "train.export_at_end",
     "parallel.*", "validation.*", "samples.*", "checkpoint.*", "metrics.*", "profile.*", "distributed.*",
@@ -579,7 +579,7 @@ def register() -> None:
 
 
 _TEXTS = ("prompt", "system")
-_PATHS = ("weights", "out", "prompts", "prompt_file")
+_PATHS = ("weights", "out", "prompts", "prompt_file", "model.weights", "tokenizer.path")
 
 
 def _overrides(line: list[str]) -> list[str]:
@@ -602,14 +602,15 @@ def _overrides(line: list[str]) -> list[str]:
 def _quoted(word: str) -> str:
     """An override whose value is free text, in Hydra's quotes; any other word unchanged.
 
-    A text is literal, whatever it holds. A path that is quoted already is left as it is, and null means none.
+    A text is literal, whatever it holds. A path that is quoted already is left as it is, null means none, and in a
+    setting of training a comma makes a sweep.
     """
     key, equals, text = word.partition("=")
     name = key.lstrip("+")
     if not equals or name not in _TEXTS + _PATHS:
         return word
     quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
-    if name in _PATHS and (quoted or text in ("", "null")):
+    if name in _PATHS and (quoted or text in ("", "null") or ("." in name and "," in text)):
         return word
     text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # for OmegaConf: no interpolation; backslashes count only before one
     text = re.sub(r"(\\*)'", r"\1\1\'", text)  # for Hydra: backslashes count only before a quote

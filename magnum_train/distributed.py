@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
 from magnum_train.errors import ConfigError, UserError
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,43 @@ class Ranks:
         if answer.startswith("-"):
             raise ElsewhereError
         return answer[1:]
+
+    def together(self, name: str, task: Callable[[], Result]) -> Result:
+        """Run a task without collectives on every rank. Where it fails on some, all end, and the first of them speaks.
+
+        Without this the others would wait in their next collective, and end with its time limit's message.
+
+        Args:
+            name: Names the task; once in a run.
+            task: What each does for itself, such as reading its part of a file.
+
+        Returns:
+            This rank's own result.
+
+        Raises:
+            ElsewhereError: On all ranks but the one that speaks, where the task raised anywhere.
+        """
+        failure: ValueError | OSError | None = None
+        result: list[Result] = []
+        try:
+            result.append(task())
+        except (ValueError, OSError) as error:
+            failure = error
+        self.store.set(f"{name}/rank {self.rank}", "-" if failure else "+")
+        failed = []
+        for rank in range(self.world_size):
+            while not self.store.check([f"{name}/rank {rank}"]):
+                time.sleep(0.05)
+            if self.store.get(f"{name}/rank {rank}") == b"-":
+                failed.append(rank)
+        if failed and failed[0] != self.rank:
+            raise ElsewhereError
+        if failure is None:
+            return result[0]
+        if self.rank and isinstance(failure, UserError):
+            place = f"rank {self.rank} on host {self.launch.host}, {failure.place}"
+            raise HostError(place, failure.found, failure.expected, failure.remedy) from failure
+        raise failure
 
     def barrier(self) -> None:
         """Wait until all ranks are here."""

@@ -31,72 +31,77 @@ class Mended:
     """What was found in one matrix, and what was done.
 
     Args:
-        ordinary: Rows of ordinary text that are not zero.
-        median: Their median norm.
+        ordinary: Rows of ordinary text that are trained.
+        measured: Rows that no text yields: control tokens', and those beyond the vocabulary.
+        median: Median norm of the ordinary rows.
         low: Below this norm a ChatML row counts as untrained.
         high: Above this norm too.
         mean: Norm of the mean of the ordinary rows.
         norms: Norm of each control token's row as it was found, by name.
-        mended: Names of those that were set anew.
+        mended: Ids whose rows were set anew.
     """
 
     ordinary: int
+    measured: int
     median: float
     low: float
     high: float
     mean: float
     norms: dict[str, float]
-    mended: list[str]
+    mended: list[int]
 
     def record(self, tokenizer: Tokenizer) -> dict[str, Any]:
-        """As a JSON object: the tokens that conversations use with their norms, the others by number."""
-        used = [n for n, id_ in tokenizer.controls.items() if id_ in (tokenizer.bos_id, *chatml_ids(tokenizer))]
+        """As a JSON object: the tokens that conversations use by name, the others by id."""
+        used = {n: i for n, i in tokenizer.controls.items() if i in (tokenizer.bos_id, *_chatml(tokenizer))}
         return {
             "ordinary_rows": self.ordinary,
             "median_norm": self.median,
             "mean_row_norm": self.mean,
             "trained_between": [self.low, self.high],
             "norm_found": {name: self.norms[name] for name in used},
-            "mended": {name: tokenizer.controls[name] for name in used if name in self.mended},
-            "others_mended": sorted(tokenizer.controls[name] for name in self.mended if name not in used),
+            "mended": {name: id_ for name, id_ in used.items() if id_ in self.mended},
+            "others_mended": [id_ for id_ in self.mended if id_ not in used.values()],
         }
 
 
-def chatml_ids(tokenizer: Tokenizer) -> tuple[int, int]:
+def _chatml(tokenizer: Tokenizer) -> tuple[int, int]:
     """The ids that open and close a message."""
     return tokenizer.im_start_id, tokenizer.im_end_id
 
 
 @torch.no_grad()
-def mend(model: Transformer, tokenizer: Tokenizer, seed: int) -> dict[str, Mended]:
+def mend(model: Transformer, tokenizer: Tokenizer, seed: int, *, new_chatml: bool) -> dict[str, Mended]:
     """Measure the rows of all control tokens in both matrices, and set the untrained ones. All ranks call.
 
-    A row counts as untrained where its norm is below a thousandth of the ordinary rows' median. Those of
-    `<|im_start|>` and `<|im_end|>`, to which this project gives their meaning, count as untrained too where their norm
-    is far off: below half of the least, or above twice the most, that ordinary rows have (a ten-thousandth of them on
-    each side left out). Half of their mean's norm is the least where that is smaller, so that a second stage of
-    training leaves the rows alone that a first one began at the mean. Other control tokens are spared the second test:
-    the row of `<s>` may well be unlike all others, and is trained.
+    A row counts as untrained where its norm is below a thousandth of the ordinary rows' median. Where `<|im_start|>`
+    and `<|im_end|>` are new to these weights, theirs count as untrained too where the norm is far off: below half of
+    the least, or above twice the most, that ordinary rows have (a hundredth of them on each side left out). Other
+    control tokens are spared that second test: the row of `<s>` may well be unlike all others, and is trained. So are
+    ChatML tokens that came with the weights: a row that a first stage of training began at the mean is short as well.
 
-    The new value is the mean of the ordinary rows that are not zero, in float64, plus normal noise of `NOISE` times
+    The new value is the mean of the ordinary rows that are trained, in float64, plus normal noise of `NOISE` times
     their root mean square, from a generator seeded by the run's seed, the matrix and the id: the same whatever the
-    number of ranks. Rows beyond the tokenizer's vocabulary that are zero are set likewise.
+    number of ranks. Rows beyond the tokenizer's vocabulary are treated as other control tokens.
 
     Args:
         model: With weights loaded, sharded by rows.
         tokenizer: Its control tokens are the ones measured.
         seed: The run's.
+        new_chatml: Whether the ChatML tokens were given to these weights just now.
 
     Returns:
         By matrix, what was found and done; the same on all ranks.
 
     Raises:
-        CheckpointError: A matrix has no row that is not zero.
+        CheckpointError: A matrix has a row that is not finite, or none that is trained.
     """
-    return {matrix: _mend(getattr(model, matrix).weight, matrix, tokenizer, seed) for matrix in MATRICES}
+    return {
+        matrix: _mend(getattr(model, matrix).weight, matrix, tokenizer, seed, new_chatml=new_chatml)
+        for matrix in MATRICES
+    }
 
 
-def _mend(weight: Tensor, matrix: str, tokenizer: Tokenizer, seed: int) -> Mended:
+def _mend(weight: Tensor, matrix: str, tokenizer: Tokenizer, seed: int, *, new_chatml: bool) -> Mended:
     local, (first, *_) = local_region(weight)
     size, dim = weight.shape
     controls = torch.zeros(size, dtype=torch.bool)
@@ -116,15 +121,18 @@ def _mend(weight: Tensor, matrix: str, tokenizer: Tokenizer, seed: int) -> Mende
     dist.all_reduce(sums)
     norms, total = sums[:size].sqrt().cpu(), sums[size:]
 
+    if not bool(norms.isfinite().all()):
+        row = int(norms.isfinite().logical_not().nonzero()[0])
+        raise CheckpointError(
+            f"{matrix} of the weights, row {row}", f"norm {norms[row]}", "a finite one", "Fetch them again."
+        )
     ordinary = norms[~controls & (norms > 0)]
     if not len(ordinary):
         raise CheckpointError(f"{matrix} of the weights", "zeros alone", "rows of trained tokens", "Fetch them again.")
     mean = total / len(ordinary)
-    mean_norm = float(mean.norm())
-    low = 0.5 * min(float(ordinary.quantile(1e-4)), mean_norm)
-    high = 2 * float(ordinary.quantile(1 - 1e-4))
+    low, high = 0.5 * float(ordinary.quantile(0.01)), 2 * float(ordinary.quantile(0.99))
     untrained = controls & (norms < ordinary.median() / 1000)
-    for id_ in chatml_ids(tokenizer):
+    for id_ in _chatml(tokenizer) if new_chatml else ():
         untrained[id_] |= not low <= float(norms[id_]) <= high
 
     spread = NOISE * float((ordinary.square().mean() / dim).sqrt())
@@ -134,11 +142,10 @@ def _mend(weight: Tensor, matrix: str, tokenizer: Tokenizer, seed: int) -> Mende
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)  # 63 bits: a signed seed
             noise = torch.randn(dim, generator=generator, dtype=torch.float64) * spread
             local[id_ - first] = (mean + noise.to(mean.device)).to(local.dtype)
-    names = tokenizer.controls.items()
     return Mended(
-        ordinary=len(ordinary), median=float(ordinary.median()), low=low, high=high, mean=mean_norm,
-        norms={name: float(norms[id_]) for name, id_ in names},
-        mended=[name for name, id_ in names if untrained[id_]],
+        ordinary=len(ordinary), measured=int(controls.sum()), median=float(ordinary.median()), low=low, high=high,
+        mean=float(mean.norm()), norms={name: float(norms[id_]) for name, id_ in tokenizer.controls.items()},
+        mended=untrained.nonzero().flatten().tolist(),
     )  # fmt: skip
 
 
@@ -146,8 +153,8 @@ def summary(found: dict[str, Mended], tokenizer: Tokenizer) -> str:
     """What a person should know of it, in one line a matrix."""
     lines = []
     for matrix, rows in found.items():
-        used = [name for name in rows.mended if tokenizer.controls[name] in chatml_ids(tokenizer)]
-        what = f"{len(rows.mended)} of {len(rows.norms)} control rows were untrained"
+        used = [tokenizer.decode([id_]) for id_ in _chatml(tokenizer) if id_ in rows.mended]
+        what = f"{len(rows.mended):,} of {rows.measured:,} rows that no text yields were untrained"
         named = f" ({', '.join(used)} among them)" if used else ""
         done = " and begin at the mean of the others" if rows.mended else ""
         lines.append(f"{matrix}: {what}{named}{done}; median norm of {rows.ordinary:,} ordinary rows {rows.median:.3f}")

@@ -6,6 +6,7 @@ exported by one process that holds one shard. The folder gets its name when it i
 """
 
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -100,16 +101,18 @@ def export_newest(run_dir: Path, say: Callable[[str], None]) -> str:
 
 def main(settings: ExportConfig) -> None:
     """Export, and say what was written."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a half-written folder is removed then too
     found = find(settings.weights, "weights")
     tokenizer = open_tokenizer(settings.tokenizer, found.vocabulary)
-    out, begin = Path(settings.out), time.perf_counter()
-    export(found, tokenizer, out, getattr(torch, settings.dtype), int(settings.max_shard_gb * 1e9))
-    size = sum(file.stat().st_size for file in out.iterdir())
-    print(
-        f"{found.name}: {parameter_count(found.config):,} parameters in {settings.dtype}, {size / 1e9:.2f} GB, ", end=""
-    )
-    print(f"in {time.perf_counter() - begin:.1f} s")
-    print(f"exported to {out}", file=sys.stderr)
+    out, begin, dtype = Path(settings.out).expanduser(), time.perf_counter(), getattr(torch, settings.dtype)
+    if found.hf is not None and found.hf.dtype.itemsize >= dtype.itemsize and found.hf.dtype != dtype:
+        theirs = str(found.hf.dtype).removeprefix("torch.")
+        print(f"weights are rounded from {theirs} to {settings.dtype}; dtype={theirs} keeps them", file=sys.stderr)
+    export(found, tokenizer, out, dtype, int(settings.max_shard_gb * 1e9))
+    size = sum(file.stat().st_size for file in out.iterdir()) / 1e9
+    seconds = time.perf_counter() - begin
+    count = parameter_count(found.config)
+    print(f"{found.name}: {count:,} parameters in {settings.dtype}, {size:.2f} GB, to {out} in {seconds:.1f} s")
 
 
 if __name__ == "__main__":

@@ -58,18 +58,23 @@ def rows(file: Path) -> Iterator[dict[str, Any]]:
         yield from map(json.loads, lines)
 
 
-def cut_back(file: Path, step: int) -> None:
-    """Drop the rows after a step, and a last one that was cut short when the process died."""
+def whole_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a record as they stand in the file and as objects, up to one that was cut short."""
     if not file.exists():
         return
-    kept = []
     for line in file.read_text().splitlines(keepends=True):
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
-            break  # only the last line can be torn, since rows are appended whole and in order
-        if row["step"] <= step:
-            kept.append(line if line.endswith("\n") else line + "\n")
+            return  # only the last line can be torn, since rows are appended whole and in order
+        yield line if line.endswith("\n") else line + "\n", row
+
+
+def cut_back(file: Path, step: int) -> None:
+    """Drop the rows after a step, and a last one that was cut short when the process died."""
+    if not file.exists():
+        return
+    kept = [line for line, row in whole_rows(file) if row["step"] <= step]
     aside = file.with_suffix(".tmp")
     with aside.open("w") as out:
         out.write("".join(kept))

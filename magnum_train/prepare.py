@@ -13,7 +13,9 @@ from magnum_train.config import TrainConfig, verb
 from magnum_train.weights import vocabulary
 
 
-def prepare_data(settings: TrainConfig, say: Callable[[str], None], known: str | None = None) -> Prepared:
+def prepare_data(
+    settings: TrainConfig, say: Callable[[str], None], known: str | None = None, beside: Path | None = None
+) -> Prepared:
     """Find the prepared conversations of a configuration, or make them.
 
     Args:
@@ -21,12 +23,13 @@ def prepare_data(settings: TrainConfig, say: Callable[[str], None], known: str |
         say: Told what a person should know about it.
         known: Key of the set that a run began with which goes on; decides where source files are absent and several
             sets fit.
+        beside: Folder of the tokenizer of weights that are here already.
 
     Raises:
         CheckpointError: If the weights whose tokenizer serves are not there.
         DataError: If a file, a setting or too many rows are wrong.
     """
-    tokenizer = vocabulary(settings, Path(str(settings.run_dir)) if known else None)
+    tokenizer = vocabulary(settings, Path(str(settings.run_dir)) if known else None, beside)
     prepared = prepare(
         settings.data.sources,
         prepared_dir=settings.data.prepared_dir,

@@ -35,7 +35,7 @@ from magnum_train.optim import build_optimizer, learning_rate
 from magnum_train.parallelize import build, measured_dtypes, name_of
 from magnum_train.prepare import prepare_data
 from magnum_train.step import forward, losses_by_source, train_step
-from magnum_train.weights import Weights, architecture, find, write_origin
+from magnum_train.weights import ORIGIN, Weights, architecture, find, origin_text
 from model import Transformer
 from model.attention import choose_backend
 from model.flops import parameter_count, train_flops
@@ -55,14 +55,18 @@ def train(settings: TrainConfig) -> None:
         recorded = recorded_state(settings, newest)
         known = recorded.data_key if recorded else None
         start = starting_weights(settings, ranks) if recorded is None else None
-        asked, settings = settings, replace(settings, model=network(settings, start))
+        asked, settings = settings, replace(settings, model=network(settings, start, resumed=recorded is not None))
         ranks.once("run_dir", lambda: check_run_dir(settings, newest))
-        folder = ranks.once("prepare", lambda: str(prepare_data(settings, terminal.say, known).folder), per_host=True)
+        beside = start.vocabulary if start else None
+        folder = ranks.once(
+            "prepare", lambda: str(prepare_data(settings, terminal.say, known, beside).folder), per_host=True
+        )
         prepared = open_prepared(folder)
         first = ranks.once("prepared key", lambda: prepared.key)
         if prepared.key != first:
             raise HostError(folder, f"prepared data {prepared.key}", f"{first}, as on rank 0's host")
-        settings = replace(settings, model=network(asked, start, prepared.tokenizer))
+        if start is not None:  # its vocabulary may have to grow
+            settings = replace(settings, model=network(asked, start, prepared.tokenizer))
         run = assemble(settings, prepared, recorded, ranks, terminal, start)
         if run is not None:
             with run.recording() as record:
@@ -114,32 +118,42 @@ def starting_weights(settings: TrainConfig, ranks: Ranks) -> Weights | None:
     wanted = settings.model.weights
     if wanted is None:
         return None
-    here = ranks.once("weights", lambda: find(wanted, "model.weights").name, per_host=True)
+    key = "model.weights"
+
+    def check() -> str:
+        found = find(wanted, key)
+        return json.dumps([found.place, found.name, found.fingerprint()])
+
+    place, name, fingerprint = json.loads(ranks.once("weights", check, per_host=True))
+    here = f"{name} ({fingerprint[:16]})"
     first = ranks.once("weights of rank 0", lambda: here)
     if here != first:
-        raise HostError("model.weights", here, f"{first}, as on rank 0's host")
-    return find(here, "model.weights")
+        raise HostError(key, here, f"{first}, as on rank 0's host")
+    return replace(ranks.together("open weights", lambda: find(place, key)), name=name)
 
 
-def network(settings: TrainConfig, start: Weights | None, tokenizer: Tokenizer | None = None) -> ModelConfig:
+def network(
+    settings: TrainConfig, start: Weights | None, tokenizer: Tokenizer | None = None, *, resumed: bool = False
+) -> ModelConfig:
     """The model's settings, complete: what was left open is as in the weights, or as the run that goes on had it.
 
     Args:
         settings: As composed.
         start: The weights that a new run begins from.
         tokenizer: Once it is known; where its control tokens were appended, the vocabulary has room for them.
+        resumed: Whether the run goes on from a checkpoint.
 
     Raises:
         ConfigError: A field that is set differs from the weights', or one is not set and there are none.
     """
-    recorded = Path(str(settings.run_dir)) / "config.yaml"
     if start is not None:
         grow = settings.tokenizer.append
         at_least = 0 if not grow else tokenizer.vocab_size if tokenizer else start.config.vocab_size
-        return architecture(settings.model, start.config, at_least)
-    if settings.model.weights is not None and recorded.exists():
-        theirs = vars(config.from_yaml(recorded).model)
-        return replace(settings.model, **{k: theirs[k] for k, v in vars(settings.model).items() if v is None})
+        return architecture(settings.model, start, at_least)
+    if resumed:
+        theirs = vars(config.from_yaml(Path(str(settings.run_dir)) / "config.yaml").model)
+        open_fields = [key for key, value in vars(settings.model).items() if value is None and key != "weights"]
+        return replace(settings.model, **{key: theirs[key] for key in open_fields})
     settings.model.transformer()  # refuses what is unset or out of range, before anything is prepared
     return settings.model
 
@@ -235,15 +249,21 @@ def load_start(
 ) -> None:
     """Fill a new run's model from weights, and set the rows of control tokens that were never trained."""
     begin = time.perf_counter()
-    start.fill(model, new_rows=settings.tokenizer.append)
-    ranks.barrier()
+    if start.hf is None:  # read with collectives: what fails on one rank fails on all
+        start.fill(model)
+    else:
+        ranks.together("load weights", lambda: start.fill(model, new_rows=settings.tokenizer.append))
     terminal.say(f"weights from {start.name} in {time.perf_counter() - begin:.1f} s")
-    rows = mend(model, tokenizer, settings.seed)
+    rows = mend(model, tokenizer, settings.seed, new_chatml=not start.had_chatml(tokenizer))
     terminal.say(summary(rows, tokenizer))
-    if ranks.is_main:
-        write_origin(
-            Path(str(settings.run_dir)), start, {name: found.record(tokenizer) for name, found in rows.items()}
+    if settings.data.pack_tokens > start.max_positions:
+        terminal.say(
+            f"data.pack_tokens={settings.data.pack_tokens:,} is longer than the context of {start.max_positions:,} "
+            "that the weights are known for; an export will state the longer one"
         )
+    if ranks.is_main:
+        text = origin_text(start, {matrix: found.record(tokenizer) for matrix, found in rows.items()})
+        write(Path(str(settings.run_dir)) / ORIGIN, text)
 
 
 def attention_backend(wanted: str, recorded: TrainState | None, device_type: str, dtype: torch.dtype) -> str:
@@ -316,6 +336,8 @@ def open_run_dir(settings: TrainConfig, prepared: Prepared, ranks: Ranks) -> str
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write(folder / "config.yaml", config.to_yaml(settings))
+        if not checkpoint.steps(folder):
+            (folder / ORIGIN).unlink(missing_ok=True)  # of an earlier start that came to nothing
         starts = json.loads(read(folder / "environment.json") or "[]")
         starts.append(environment(ranks.world_size, ranks.device))
         write(folder / "environment.json", json.dumps(starts, indent=1))
@@ -512,11 +534,12 @@ def sample(run: Run, record: metrics.Metrics, step: int) -> None:
         for token in generate(
             run.model, encode_prompt(prompt.messages(), run.prepared.tokenizer),
             max_new_tokens=options.max_new_tokens, temperature=options.temperature, seed=run.settings.seed,
+            vocab_size=run.prepared.tokenizer.vocab_size,
         ):  # fmt: skip
             agreed = torch.tensor(token, device=run.ranks.device)
             dist.broadcast(agreed, src=0)
             ids.append(int(agreed))
-            if ids[-1] == run.prepared.tokenizer.im_end_id:
+            if ids[-1] in run.prepared.tokenizer.stop_ids:
                 break
         text = reply_text(run.prepared.tokenizer, ids)
         record.write({"step": step, "sample": number, "prompt": prompt.text, "reply": text})

@@ -9,6 +9,7 @@ that is already sharded; which process downloads is its caller's.
 """
 
 import dataclasses
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -19,12 +20,14 @@ from typing import Any
 import torch
 
 from data import DataError, Tokenizer
+from data.tokenizer import named_chatml
 from magnum_train import checkpoint
 from magnum_train.config import ModelConfig, TokenizerConfig, TrainConfig, from_yaml
 from magnum_train.errors import CheckpointError, ConfigError
+from magnum_train.metrics import whole_rows
 from model import Transformer, TransformerConfig
 from model.config import parameter_shapes
-from model.hf import HFFolder, load_hf
+from model.hf import HFFolder, check_same_network, load_hf
 
 ORIGIN = "weights.json"
 """A run's record of the weights that it began from."""
@@ -39,6 +42,7 @@ class Weights:
 
     Args:
         name: What they are, exactly: a run and its step, a folder, or a hub name and its commit.
+        place: What `find` opens again without asking the hub.
         folder: Where they lie.
         config: The network's shape.
         max_positions: Longest context that they are known for, in tokens.
@@ -47,6 +51,7 @@ class Weights:
     """
 
     name: str
+    place: str
     folder: Path
     config: TransformerConfig
     max_positions: int
@@ -67,11 +72,11 @@ class Weights:
             raise CheckpointError.of(error) from error
 
     def fill(self, model: Transformer, *, new_rows: bool = False) -> None:
-        """Copy them into a model, plain or sharded; where sharded, all ranks call.
+        """Copy them into a model, plain or sharded. A run's are read with collectives, so all ranks call.
 
         Args:
             model: Of the same network; its parameters keep their dtype and device.
-            new_rows: Whether its vocabulary may be larger; the further rows become 0.
+            new_rows: Whether its vocabulary may be larger than a folder's; the further rows become 0.
 
         Raises:
             CheckpointError: They cannot be read, or do not fit.
@@ -84,6 +89,16 @@ class Weights:
         except ValueError as error:
             raise CheckpointError.of(error) from error
 
+    def fingerprint(self) -> str:
+        """Tells these weights from others of the same shape, on another host: the last norm, which every step moves."""
+        norm = self.read("norm.weight", torch.float32).numpy().tobytes()
+        return hashlib.sha256(repr(self.config).encode() + norm).hexdigest()
+
+    def had_chatml(self, tokenizer: Tokenizer) -> bool:
+        """Whether their own vocabulary names both ChatML tokens under these ids, so that somebody trained them."""
+        ids = tokenizer.im_start_id, tokenizer.im_end_id
+        return self.hf is None or named_chatml(self.vocabulary) == ids
+
 
 def find(weights: str, key: str) -> Weights:
     """Open what a setting names; downloads what is on the hub.
@@ -95,35 +110,36 @@ def find(weights: str, key: str) -> Weights:
     Raises:
         CheckpointError: There is no such thing, or it is incomplete.
     """
+    weights = str(Path(weights).expanduser()) if weights.startswith("~") else weights
     run = _as_run(weights)
     if run is not None:
         run_dir, asked = run
         step = _step(run_dir, asked, key)
         settings = from_yaml(run_dir / "config.yaml")
-        origin = read_origin(run_dir)
-        positions = int(origin.get("max_positions") or settings.data.pack_tokens)
         folder = checkpoint.path_of(run_dir, step)
+        checkpoint.read_state(folder)  # refuses another version's format
+        positions = max(read_origin(run_dir).get("max_positions", 0), settings.data.pack_tokens)
         name = f"{run_dir}@{step}"
-        return Weights(name, folder, settings.model.transformer(), positions, run_dir, None)
+        return Weights(name, name, folder, settings.model.transformer(), positions, run_dir, None)
     folder, name = fetch(weights, key)
     try:
         hf = HFFolder(folder)
     except ValueError as error:
         raise CheckpointError.of(error) from error
-    positions = int(hf.fields.get("max_position_embeddings") or 0)
-    if positions < 1:
+    positions = hf.fields.get("max_position_embeddings")
+    if not isinstance(positions, int) or positions < 1:
         raise CheckpointError(
-            str(folder / "config.json"), f"max_position_embeddings {hf.fields.get('max_position_embeddings')}",
-            "the longest context, in tokens",
-        )  # fmt: skip
-    return Weights(name, folder, hf.config, positions, folder, hf)
+            f"{folder / 'config.json'}: max_position_embeddings", repr(positions), "the longest context, in tokens"
+        )
+    return Weights(name, str(folder), folder, hf.config, positions, folder, hf)
 
 
 def _as_run(weights: str) -> tuple[Path, str | None] | None:
     """A run's folder and what stands behind its @; None where this names no run."""
     for path, asked in ((weights, None), weights.rpartition("@")[::2]):
-        if path and (Path(path) / "config.yaml").is_file():
-            return Path(path), asked
+        folder = Path(path)
+        if path and (folder / "config.yaml").is_file() and not (folder / "config.json").is_file():
+            return folder, asked
     return None
 
 
@@ -132,22 +148,16 @@ def _step(run_dir: Path, asked: str | None, key: str) -> int:
     there = checkpoint.steps(run_dir)
     listed = f"one of the run's steps: {', '.join(map(str, there)) or 'none'}"
     if asked == "best":
-        losses = _validation_losses(run_dir)
+        rows = [row for _, row in whole_rows(run_dir / "metrics.jsonl")]
+        losses = {row["step"]: row["validation_loss"] for row in rows if row.get("validation_loss") is not None}
         measured = [step for step in there if step in losses]
         if not measured:
-            raise CheckpointError(key, f"no validation loss for a checkpoint of {run_dir}", "one", "Name a step.")
+            raise CheckpointError(key, f"no validation loss for a checkpoint of {run_dir}", listed)
         return min(measured, key=lambda step: losses[step])
     step = int(asked) if asked and asked.isdecimal() else there[-1] if asked is None and there else None
     if step is None or step not in there:
         raise CheckpointError(key, f"no checkpoint {run_dir}{'' if asked is None else '@' + asked}", listed)
     return step
-
-
-def _validation_losses(run_dir: Path) -> dict[int, float]:
-    """Validation loss by step, from the run's metrics."""
-    file = run_dir / "metrics.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-    return {row["step"]: row["validation_loss"] for row in rows if row.get("validation_loss") is not None}
 
 
 def fetch(weights: str, key: str, *, tokenizer_alone: bool = False) -> tuple[Path, str]:
@@ -164,12 +174,16 @@ def fetch(weights: str, key: str, *, tokenizer_alone: bool = False) -> tuple[Pat
     Raises:
         CheckpointError: There is neither a folder nor a model of that name.
     """
-    if Path(weights).is_dir():
-        return Path(weights), weights
+    path = Path(weights)
+    if path.parent.name == "checkpoints" and (path.parent.parent / "config.yaml").is_file():
+        run_dir, step = path.parent.parent, path.name.rpartition("-")[2].lstrip("0")
+        raise CheckpointError(key, f"{weights}, a checkpoint inside a run", "the run", f"Name it {run_dir}@{step}.")
+    if path.is_dir():
+        return path, weights
     match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", weights)
     expected = "a run's folder, one with config.json and safetensors, or the hub's OWNER/NAME"
-    if match is None:
-        raise CheckpointError(key, f"no folder {weights}", expected)
+    if match is None or Path(path.parts[0]).exists():  # a typo in a path of this machine is nobody's model
+        raise CheckpointError(key, f"{weights}, a file" if path.is_file() else f"no folder {weights}", expected)
     from huggingface_hub import snapshot_download  # slow to import
 
     files = [*_TOKENIZER_FILES, *(() if tokenizer_alone else _MODEL_FILES)]
@@ -201,51 +215,56 @@ def open_tokenizer(settings: TokenizerConfig, beside: Path | None) -> Tokenizer:
     )
 
 
-def vocabulary(settings: TrainConfig, recorded: Path | None) -> Tokenizer | None:
+def vocabulary(settings: TrainConfig, recorded: Path | None, beside: Path | None) -> Tokenizer | None:
     """The tokenizer of a training run; None where one is to be trained.
 
     Args:
         settings: The run's.
-        recorded: Folder of the run that goes on, whose own tokenizer then serves; None for a new one.
+        recorded: Folder of the run that goes on, whose own tokenizer serves where its origin is not read or is gone.
+        beside: Folder of the weights' own tokenizer, where they are here; else it is fetched.
 
     Raises:
-        DataError: It is not there or has no control tokens.
+        CheckpointError: The weights are not there.
+        DataError: The tokenizer is not there or has no control tokens.
     """
-    if settings.tokenizer.path is not None:
-        return open_tokenizer(settings.tokenizer, None)
-    if settings.model.weights is None:
+    own = recorded / "tokenizer.json" if recorded is not None else None
+    path, weights = settings.tokenizer.path, settings.model.weights
+    if own is not None and own.is_file() and (not Path(path).exists() if path is not None else weights is not None):
+        return Tokenizer.from_file(own)
+    if path is not None or beside is not None:
+        return open_tokenizer(settings.tokenizer, beside)
+    if weights is None:
         return None
-    if recorded is not None and (recorded / "tokenizer.json").is_file():
-        return Tokenizer.from_file(recorded / "tokenizer.json")
-    run = _as_run(settings.model.weights)
-    beside = run[0] if run else fetch(settings.model.weights, "model.weights", tokenizer_alone=True)[0]
-    return open_tokenizer(settings.tokenizer, beside)
+    run = _as_run(weights)
+    folder = run[0] if run else fetch(weights, "model.weights", tokenizer_alone=True)[0]
+    return open_tokenizer(settings.tokenizer, folder)
 
 
-def architecture(asked: ModelConfig, found: TransformerConfig, at_least: int = 0) -> ModelConfig:
+def architecture(asked: ModelConfig, found: Weights, at_least: int = 0) -> ModelConfig:
     """The model's settings with what was left to the weights taken from them.
 
     Args:
         asked: Null fields are filled in.
-        found: The weights'.
+        found: The weights.
         at_least: Rows of the vocabulary that the tokenizer needs, where it may grow.
 
     Raises:
-        ConfigError: A field that is set differs; names each.
+        ConfigError: A field that is set differs, or a run's vocabulary would have to grow.
     """
-    theirs = vars(found) | {"vocab_size": max(found.vocab_size, at_least)}
-    differing = [
-        f"model.{name}={value} (in the weights {theirs[name]})"
-        for name, value in vars(asked).items()
-        if name in theirs and value is not None and value != theirs[name]
-        and not (name == "vocab_size" and at_least and value >= found.vocab_size)
-    ]  # fmt: skip
-    if differing:
+    theirs = vars(found.config) | {"vocab_size": max(found.config.vocab_size, at_least)}
+    filled = replace(asked, **{name: theirs[name] for name in theirs if getattr(asked, name) is None})
+    try:
+        check_same_network(filled.transformer(), found.config, f"model of {found.name}", new_rows=at_least > 0)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError.of(error) from error
+    if found.hf is None and filled.transformer().vocab_size != found.config.vocab_size:
         raise ConfigError(
-            "model", ", ".join(differing), f"the architecture of {asked.weights}",
-            "Choose model=from_weights, which takes it from there.",
+            "model.vocab_size", f"{filled.vocab_size:,}", f"{found.config.vocab_size:,}, as in {found.name}",
+            "To let the vocabulary of a run grow, export it and begin from the folder.",
         )  # fmt: skip
-    return replace(asked, **{name: theirs[name] for name in theirs if getattr(asked, name) is None})
+    return filled
 
 
 def load_model(weights: str, tokenizer: TokenizerConfig, *, dtype: str) -> tuple[Transformer, Tokenizer]:
@@ -277,25 +296,25 @@ def load_model(weights: str, tokenizer: TokenizerConfig, *, dtype: str) -> tuple
     return model.eval(), words
 
 
-def write_origin(run_dir: Path, found: Weights, rows: Mapping[str, Any]) -> None:
-    """Record in a run's folder what it began from, and what was set in it.
+def origin_text(found: Weights, rows: Mapping[str, Any]) -> str:
+    """What a run's folder records of its beginning, as JSON.
 
     Args:
-        run_dir: The run's.
         found: The weights.
         rows: What `embeddings.mend` says that it did.
     """
     record = {
         "weights": found.name,
+        "fingerprint": found.fingerprint(),
         "network": dataclasses.asdict(found.config),
         "max_positions": found.max_positions,
         "control_rows": rows,
     }
-    (run_dir / ORIGIN).write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
+    return json.dumps(record, indent=1, ensure_ascii=False)
 
 
 def read_origin(run_dir: Path) -> dict[str, Any]:
-    """What `write_origin` recorded; empty for a run that began from random weights."""
+    """What `origin_text` recorded; empty for a run that began from random weights."""
     file = run_dir / ORIGIN
     record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return record

@@ -56,6 +56,7 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     repetition_penalty: float = 1.0,
+    vocab_size: int | None = None,
     seed: int = 0,
     past: Past | None = None,
 ) -> Iterator[int]:
@@ -75,6 +76,7 @@ def generate(
         top_p: Draw only from the likeliest ids whose probabilities together first reach this, in (0, 1].
         repetition_penalty: Logits of ids that stand in the prompt or the reply are divided by it where they are
             positive, multiplied where negative; 1 leaves them.
+        vocab_size: Only ids below it are chosen; a matrix may have rows for which the tokenizer has no text.
         seed: Of the draws.
         past: What the model has read already; the prompt's tokens that follow what both share are read, and all
             is noted there. It stays true where the iterator is left or interrupted half-way.
@@ -90,7 +92,7 @@ def generate(
         repetition_penalty: Keskar et al., CTRL (arXiv 1909.05858), section 4.1; there logits are divided whatever
             their sign, which would favour an id whose logit is negative. As here in transformers.
     """
-    choices = _Choices([tokens], max_new_tokens, temperature, top_p, repetition_penalty, seed)
+    choices = _Choices([tokens], max_new_tokens, temperature, top_p, repetition_penalty, vocab_size, seed)
     past = Past(model) if past is None else past
     return _stream(model, list(tokens), past, choices, max_new_tokens, frozenset(stop_ids))
 
@@ -123,6 +125,7 @@ def generate_batch(
     temperature: float = 0.0,
     top_p: float = 1.0,
     repetition_penalty: float = 1.0,
+    vocab_size: int | None = None,
     seed: int = 0,
 ) -> list[list[int]]:
     """Continue many prompts at once, each as `generate` would continue it alone with the same seed.
@@ -139,6 +142,7 @@ def generate_batch(
         temperature: As in `generate`.
         top_p: As in `generate`.
         repetition_penalty: As in `generate`.
+        vocab_size: As in `generate`.
         seed: Every prompt draws from a generator of its own, with this seed: what is beside it does not matter.
 
     Returns:
@@ -148,7 +152,7 @@ def generate_batch(
     Raises:
         ValueError: An argument is out of range.
     """
-    choices = _Choices(prompts, max_new_tokens, temperature, top_p, repetition_penalty, seed)
+    choices = _Choices(prompts, max_new_tokens, temperature, top_p, repetition_penalty, vocab_size, seed)
     replies: list[list[int]] = [[] for _ in prompts]
     cache = KeyValueCache(model.config.n_layers, len(prompts))
     live = list(range(len(prompts)))
@@ -216,6 +220,7 @@ class _Choices:
         temperature: float,
         top_p: float,
         repetition_penalty: float,
+        vocab_size: int | None,
         seed: int,
     ) -> None:
         if not all(prompts):
@@ -229,12 +234,13 @@ class _Choices:
         if not 0 < repetition_penalty < math.inf:
             raise ValueError(f"repetition_penalty: found {repetition_penalty}, expected more than 0")
         self.temperature, self.top_p, self.penalty = temperature, top_p, repetition_penalty
-        self.prompts = prompts
+        self.prompts, self.vocab_size = prompts, vocab_size
         self.generators = [torch.Generator().manual_seed(seed) for _ in prompts]
         self.seen: Bool[Tensor, "B V"] | None = None  # made when the logits' device is known
 
     def next(self, logits: Float[Tensor, "B V"]) -> list[int]:
         """An id for each sequence; the likeliest are found on the device, which then need not hand over the logits."""
+        logits = logits[:, : self.vocab_size]
         if self.penalty != 1:
             if self.seen is None:
                 self.seen = torch.zeros_like(logits, dtype=torch.bool)

@@ -41,8 +41,6 @@ _IN_LAYER = {
     "feed_forward.w2.weight": "mlp.down_proj.weight",
     "feed_forward.w3.weight": "mlp.up_proj.weight",
 }
-_OUTER_BACK = {theirs: ours for ours, theirs in _OUTER.items()}
-_IN_LAYER_BACK = {theirs: ours for ours, theirs in _IN_LAYER.items()}
 
 # Our field → theirs. All must be present: where one is missing, transformers would put a default that is not
 # Nemo's.
@@ -73,14 +71,6 @@ def hf_name(name: str) -> str:
     return _OUTER[name]
 
 
-def our_name(name: str) -> str:
-    """Our name for one of Hugging Face's parameters; `KeyError` where there is none."""
-    if name.startswith("model.layers."):
-        _, _, layer, rest = name.split(".", 3)
-        return f"layers.{layer}.{_IN_LAYER_BACK[rest]}"
-    return _OUTER_BACK[name]
-
-
 def config_from_hf(fields: Mapping[str, Any]) -> TransformerConfig:
     """Read a `config.json`, in its older form or in that of transformers 5.
 
@@ -96,17 +86,18 @@ def config_from_hf(fields: Mapping[str, Any]) -> TransformerConfig:
     Raises:
         ValueError: Another architecture, a feature that is not there, or a field that is missing.
     """
-    rope = {**(fields.get("rope_scaling") or {}), **(fields.get("rope_parameters") or {})}
+    rope: dict[str, Any] = {}
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(fields.get(name) or {}, Mapping):
+            raise ValueError(f"config.json: {name}: found {fields[name]!r}, expected an object")
+        rope |= fields.get(name) or {}
     expectations = {
         "model_type": (fields.get("model_type"), "mistral"),
-        "architectures": (
-            list(fields.get("architectures") or ["MistralForCausalLM"]),
-            ["MistralForCausalLM"],
-        ),
+        "architectures": (fields.get("architectures") or ["MistralForCausalLM"], ["MistralForCausalLM"]),
         "hidden_act": (fields.get("hidden_act", "silu"), "silu"),
         "sliding_window": (fields.get("sliding_window"), None),
         "tie_word_embeddings": (bool(fields.get("tie_word_embeddings", False)), False),
-        "attention_dropout": (float(fields.get("attention_dropout") or 0.0), 0.0),
+        "attention_dropout": (fields.get("attention_dropout") or 0.0, 0.0),
         "rope type": (rope.get("rope_type", rope.get("type", "default")), "default"),
     }
     for name, (found, expected) in expectations.items():
@@ -123,10 +114,18 @@ def config_from_hf(fields: Mapping[str, Any]) -> TransformerConfig:
             f"config.json: found no value for {', '.join(missing)}, expected one, since defaults differ "
             "between versions and head_dim does not follow from the other fields; write it into the file"
         )
-    # JSON does not tell 1000000 from 1000000.0.
-    for name in ("norm_eps", "rope_theta"):
-        found_fields[name] = float(found_fields[name])
-    return TransformerConfig(**found_fields)
+    for ours, value in found_fields.items():
+        real = ours in ("norm_eps", "rope_theta")
+        if isinstance(value, bool) or not isinstance(value, (int, float) if real else int):
+            kind = "a number" if real else "a whole number"
+            raise ValueError(f"config.json: {_FIELDS.get(ours, ours)}: found {value!r}, expected {kind}")
+        if real:
+            found_fields[ours] = float(value)  # JSON does not tell 1000000 from 1000000.0
+    try:
+        return TransformerConfig(**found_fields)
+    except ValueError as error:  # speaks of our field
+        ours, _, said = str(error).removeprefix("model.").partition(": ")
+        raise ValueError(f"config.json: {_FIELDS.get(ours, ours)}: {said}") from error
 
 
 def config_to_hf(config: TransformerConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -284,7 +283,7 @@ def load_hf(model: Transformer, folder: str | Path | HFFolder, *, new_rows: bool
         ValueError: The folder does not hold the model's network; see `HFFolder`.
     """
     folder = folder if isinstance(folder, HFFolder) else HFFolder(folder)
-    check_same_network(model.config, folder, new_rows=new_rows)
+    check_same_network(model.config, folder.config, str(folder.path), new_rows=new_rows)
     shapes = parameter_shapes(folder.config)
     for name, parameter in _parameters(model).items():
         local, begins = local_region(parameter)
@@ -293,27 +292,30 @@ def load_hf(model: Transformer, folder: str | Path | HFFolder, *, new_rows: bool
         local[held:].zero_()
 
 
-def check_same_network(config: TransformerConfig, folder: HFFolder, *, new_rows: bool = False) -> None:
+def check_same_network(
+    config: TransformerConfig, theirs: TransformerConfig, place: str, *, new_rows: bool = False
+) -> None:
     """The shape of the network must be that of the weights: an epsilon that differs shows in no tensor.
 
     Args:
         config: The model's.
-        folder: The weights.
+        theirs: The weights'.
+        place: What to call the weights.
         new_rows: Whether the model's vocabulary may be larger.
 
     Raises:
         ValueError: Naming each field that differs, with both values.
     """
-    theirs = vars(folder.config)
+    there = vars(theirs)
     differing = [
-        f"{name} {theirs[name]} in the file, {value} in the model"
+        f"{name} {there[name]} in the weights, {value} in the model"
         for name, value in vars(config).items()
-        if theirs[name] != value and not (name == "vocab_size" and new_rows and value > theirs[name])
+        if there[name] != value and not (name == "vocab_size" and new_rows and value > there[name])
     ]
     if differing:
         raise ValueError(
-            f"{folder.path / 'config.json'}: found {'; '.join(differing)}, expected equal values; "
-            "set model.* as in the file, or take all from it with model=from_weights"
+            f"{place}: found {'; '.join(differing)}, expected equal values; "
+            "set model.* as in the weights, or take all from them with model=from_weights"
         )
 
 
@@ -391,9 +393,9 @@ def written_aside(folder: str | Path) -> Iterator[Path]:
         aside.mkdir(parents=True)
         yield aside
         for path in (*aside.iterdir(), aside):
-            _sync(path)
+            sync_to_disk(path)
         os.replace(aside, folder)  # noqa: PTH105  # a rename that a reader sees as one step
-        _sync(folder.parent)
+        sync_to_disk(folder.parent)
     except OSError as error:
         place = error.filename or folder
         raise ValueError(f"{place}: found {error.strerror or error}, expected to write {folder} there") from error
@@ -551,7 +553,7 @@ def _read_json(path: Path, what: str) -> dict[str, Any]:
     return content
 
 
-def _sync(path: Path) -> None:
+def sync_to_disk(path: Path) -> None:
     """Have the operating system put a file or folder on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -26,7 +26,7 @@ def base_model(config: TransformerConfig = BASE, zero: tuple[int, ...] = CHATML_
             if parameter.dim() == 1:
                 parameter.uniform_(0.5, 1.5, generator=generator)
             else:
-                parameter.normal_(mean=0.02, std=0.1, generator=generator)
+                parameter.normal_(std=1.0 if name == "tok_embeddings.weight" else 0.1, generator=generator)
             if name in ("tok_embeddings.weight", "output.weight"):
                 parameter[list(zero)] = 0
     return model

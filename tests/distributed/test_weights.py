@@ -2,26 +2,31 @@
 
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from base_models import BASE, LARGE, SLOTS, base_model, write_base
+from base_models import BASE, CHATML_IDS, LARGE, SLOTS, base_model, write_base
 from data import Tokenizer
-from magnum_train import checkpoint, distributed, embeddings, train
-from magnum_train.config import TokenizerConfig, compose
+from magnum_train import checkpoint, distributed, embeddings, export, train
+from magnum_train.config import ExportConfig, TokenizerConfig, compose
+from magnum_train.errors import CheckpointError
 from magnum_train.optim import build_optimizer
 from magnum_train.parallelize import build
 from magnum_train.weights import find, open_tokenizer, read_origin
 from model import Transformer, TransformerConfig
-from model.hf import HFFolder, load_hf, save_hf
+from model.config import parameter_shapes
+from model.hf import HFFolder, load_hf, local_region, save_hf
 from ranks import run_ranks
 from tiny_runs import TINY_MODEL, metrics, overrides
 
@@ -39,10 +44,6 @@ def empty(mesh: Any, checkpointing: str = "none", config: TransformerConfig = BA
         config, attention_backend="sdpa", mesh=mesh, device=torch.device("cpu"), compute_dtype=torch.float32,
         activation_checkpointing=checkpointing, reshard_after_forward=True, seed=None,
     )  # fmt: skip
-
-
-def digest_of(model: Transformer) -> dict[str, Tensor]:
-    return {name: p.full_tensor() for name, p in model.named_parameters()}  # type: ignore[operator]
 
 
 def in_and_out(base: str, out: str, replicate: int) -> None:
@@ -96,14 +97,15 @@ def elements_read(base: str) -> tuple[int, int]:
         return read, sum(p.to_local().numel() for p in model.parameters())  # type: ignore[operator]
 
 
-def mended(base: str, scale_end: float = 0.0) -> tuple[dict[str, Any], dict[str, Any], Tensor, Tensor]:
-    """Mend twice; both accounts, and the rows of the first eight ids in both matrices."""
+def mended(base: str, new: bool = True) -> tuple[dict[str, Any], dict[str, Any], Tensor, Tensor]:
+    """Mend, then once more as a second stage would; both accounts, and the first eight rows of both matrices."""
     with distributed.start(timeout_seconds=60, replicate=1, threads=1, deterministic=False) as ranks:
         model = empty(ranks.mesh)
         load_hf(model, base)
         tokenizer = open_tokenizer(TokenizerConfig(im_start_slot=3, im_end_slot=4), Path(base))
         first, again = (
-            {m: f.record(tokenizer) for m, f in embeddings.mend(model, tokenizer, 1).items()} for _ in range(2)
+            {m: f.record(tokenizer) for m, f in embeddings.mend(model, tokenizer, 1, new_chatml=fresh).items()}
+            for fresh in (new, False)
         )
         rows = [getattr(model, m).weight.full_tensor()[:8].clone() for m in embeddings.MATRICES]
         return first, again, rows[0], rows[1]
@@ -134,27 +136,49 @@ def test_untrained_rows_begin_at_the_mean_once_and_alike_on_any_number_of_ranks(
         assert again[matrix]["others_mended"] == []
 
 
-@pytest.mark.parametrize(("factor", "far_off"), [(1e-4, True), (0.5, False), (1.0, False), (2.0, False), (30.0, True)])
-def test_a_norm_far_off_counts_as_untrained_for_chatml_tokens_alone(
-    factor: float, far_off: bool, tmp_path: Path
-) -> None:
-    """`<s>`, whose row may be unlike all others and is trained, keeps it, unless it is next to nothing."""
-    folder = tmp_path / "base"
-    write_base(folder, zero=(), shard=10**9)
+def rescaled(folder: Path, ids: list[int], factor: float) -> Tensor:
+    """Scale rows of both matrices of a folder; the first eight of the embedding as they then are."""
     tensors = load_file(folder / "model.safetensors")
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        tensors[name][[0, 4]] *= factor
-    from safetensors.torch import save_file
-
+        tensors[name][ids] *= factor
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    [(first, _, embed, _)] = run_ranks(mended, 1, str(folder))
+    return tensors["model.embed_tokens.weight"][:8]
+
+
+@pytest.mark.parametrize(
+    ("factor", "new", "set_anew"),
+    [
+        (1e-4, True, {"<s>": 0, "<|im_end|>": 4}),
+        (1e-4, False, {"<s>": 0, "<|im_end|>": 4}),
+        (0.005, True, {"<|im_end|>": 4}),
+        (0.3, True, {"<|im_end|>": 4}),
+        (0.3, False, {}),
+        (1.0, True, {}),
+        (30.0, True, {"<|im_end|>": 4}),
+        (30.0, False, {}),
+    ],
+)
+def test_a_norm_far_off_counts_as_untrained_for_new_chatml_tokens_alone(
+    factor: float, new: bool, set_anew: dict[str, int], tmp_path: Path
+) -> None:
+    """`<s>`, whose row may be unlike all others and is trained, keeps it, unless it is next to nothing."""
+    write_base(tmp_path / "base", zero=(), shard=10**9)
+    kept = rescaled(tmp_path / "base", [0, 4], factor)
+    [(first, _, embed, _)] = run_ranks(mended, 1, str(tmp_path / "base"), new)
     for matrix in embeddings.MATRICES:
-        assert first[matrix]["mended"] == ({"<s>": 0} if factor == 1e-4 else {}) | (
-            {"<|im_end|>": 4} if far_off else {}
-        )
-    kept = tensors["model.embed_tokens.weight"][:8]
-    assert torch.equal(embed[0], kept[0]) == (factor != 1e-4)
-    assert torch.equal(embed[4], kept[4]) == (not far_off)
+        assert first[matrix]["mended"] == set_anew
+    assert [torch.equal(embed[i], kept[i]) for i in (0, 4)] == ["<s>" not in set_anew, "<|im_end|>" not in set_anew]
+
+
+def test_rows_beyond_the_vocabulary_are_set_and_recorded_and_what_is_not_finite_is_refused(tmp_path: Path) -> None:
+    write_base(tmp_path / "padded", vocab_size=330, zero=(3, 4, *range(322, 330)))
+    line = line_from(tmp_path, tmp_path / "padded", *SLOTS, "train.max_steps=1", "samples.every_steps=1")
+    run_ranks(go, 2, line)
+    assert read_origin(tmp_path / "run")["control_rows"]["output"]["others_mended"] == list(range(322, 330))
+    write_base(tmp_path / "base", shard=10**9)
+    rescaled(tmp_path / "base", [300], float("nan"))
+    [said] = run_ranks(refused, 1, line_from(tmp_path, tmp_path / "base", *SLOTS, f"run_dir={tmp_path / 'other'}"))
+    assert "tok_embeddings of the weights, row 300: found norm nan" in said
 
 
 def go(line: list[str]) -> None:
@@ -169,18 +193,37 @@ def refused(line: list[str]) -> str:
     return ""
 
 
+def go_unmended(line: list[str]) -> None:
+    """Train as if nobody had looked at the rows: they are zero again when the first step begins."""
+    real = train.mend
+
+    def undone(model: Transformer, *arguments: Any, **options: Any) -> Any:
+        found = real(model, *arguments, **options)
+        for matrix in embeddings.MATRICES:
+            local, _ = local_region(getattr(model, matrix).weight)
+            local[list(CHATML_IDS)] = 0
+        return found
+
+    train.mend = undone
+    train.train(compose(line))
+
+
 def test_a_run_from_a_base_model_with_zeroed_rows_begins_sanely_and_records_it(tmp_path: Path) -> None:
-    """Its first gradient is of the size of that of the same model with healthy rows, on one rank and on two."""
+    """Its first gradient is of the size of that of the same model with healthy rows; without mending it is not."""
     write_base(tmp_path / "base")
     write_base(tmp_path / "healthy", zero=())
     first = {}
-    for name, base, world in (("one", "base", 1), ("two", "base", 2), ("healthy", "healthy", 1)):
+    runs = {"one": ("base", 1, go), "two": ("base", 2, go), "healthy": ("healthy", 1, go)}
+    runs["raw"] = ("base", 1, go_unmended)
+    for name, (base, world, function) in runs.items():
         line = line_from(tmp_path, tmp_path / base, *SLOTS, "train.max_steps=2", f"run_dir={tmp_path / 'runs' / name}")
-        run_ranks(go, world, line)
+        run_ranks(function, world, line)
         first[name] = metrics(tmp_path / "runs" / name)[0]
     assert first["one"]["loss"] == pytest.approx(first["two"]["loss"], rel=1e-6)
     assert first["one"]["grad_norm"] == pytest.approx(first["two"]["grad_norm"], rel=1e-5)
-    assert 0.2 < first["one"]["grad_norm"] / first["healthy"]["grad_norm"] < 5
+    healthy = first["healthy"]["grad_norm"]
+    assert first["raw"]["grad_norm"] > 1.5 * healthy  # of so small a network two rows of 320 are little
+    assert first["one"]["grad_norm"] == pytest.approx(healthy, rel=0.1)
     for key in ("one", "two"):
         origin = read_origin(tmp_path / "runs" / key)
         assert origin["weights"] == str(tmp_path / "base")
@@ -225,29 +268,39 @@ def test_a_run_goes_on_where_its_base_model_is_no_longer(tmp_path: Path) -> None
     run_ranks(go, 1, [*line, "train.max_steps=2"])
     shutil.rmtree(tmp_path / "base")
     before = read_origin(tmp_path / "run")
-    run_ranks(go, 1, [*line, "optim.schedule=cosine"])
+    [said] = run_ranks(refused, 1, [*line, f"model.weights={tmp_path / 'other'}"])
+    assert "model.weights was" in said
+    [said] = run_ranks(refused, 1, [word for word in line if not word.startswith("model.weights")])
+    assert "model.weights was" in said
+    run_ranks(go, 1, line)
     assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2, 3, 4]
     assert read_origin(tmp_path / "run") == before
     state = checkpoint.read_state(checkpoint.path_of(tmp_path / "run", 4))
     assert state.step == 4
 
 
-def test_a_second_stage_begins_from_a_run_and_leaves_its_rows_alone(tmp_path: Path) -> None:
+def test_a_second_stage_begins_from_a_run_or_its_export_and_leaves_its_rows_alone(tmp_path: Path) -> None:
+    """The first stage's rows are short, being near the mean, and would look untrained to one that had to guess."""
     write_base(tmp_path / "base")
-    run_ranks(go, 2, line_from(tmp_path, tmp_path / "base", *SLOTS, "train.max_steps=3"))
-    second = line_from(
-        tmp_path, tmp_path / "run", "train.max_steps=1", f"run_dir={tmp_path / 'second'}", "optim.lr=1e-9",
-    )  # fmt: skip
-    run_ranks(go, 2, second)
-    origin = read_origin(tmp_path / "second")
-    assert origin["weights"] == f"{tmp_path / 'run'}@3"
-    assert origin["max_positions"] == 4096
-    assert all(not rows["mended"] and not rows["others_mended"] for rows in origin["control_rows"].values())
-    a, b = (find(str(tmp_path / name), "weights") for name in ("run", "second"))
-    for name, parameter in Transformer(BASE).named_parameters():
-        assert torch.allclose(a.read(name, torch.float32), b.read(name, torch.float32), atol=1e-7), name
-        assert parameter.shape == a.read(name, torch.float32).shape
-    assert Tokenizer.from_file(tmp_path / "second" / "tokenizer.json").im_end_id == 4
+    first = line_from(tmp_path, tmp_path / "base", *SLOTS, "train.max_steps=3", "train.export_at_end=true")
+    run_ranks(go, 2, first)
+    origins = {"run": f"{tmp_path / 'run'}@3", "folder": str(tmp_path / "run" / "exports" / "step-00000003")}
+    for name, origin in origins.items():
+        second = line_from(
+            tmp_path, Path(origin), "train.max_steps=1", f"run_dir={tmp_path / 'second' / name}", "optim.lr=1e-9",
+        )  # fmt: skip
+        run_ranks(go, 2, second)
+        record = read_origin(tmp_path / "second" / name)
+        assert record["weights"] == origin
+        assert record["max_positions"] == 4096
+        rows = record["control_rows"]["tok_embeddings"]
+        assert rows["norm_found"]["<|im_end|>"] < rows["trained_between"][0]
+        assert all(not rows["mended"] and not rows["others_mended"] for rows in record["control_rows"].values())
+        before, after = (find(place, "weights") for place in (origin, str(tmp_path / "second" / name)))
+        for parameter in parameter_shapes(BASE):
+            a, b = before.read(parameter, torch.float32), after.read(parameter, torch.float32)
+            assert torch.allclose(a, b, atol=1e-7), parameter
+        assert Tokenizer.from_file(tmp_path / "second" / name / "tokenizer.json").im_end_id == 4
 
 
 def test_appended_control_tokens_get_rows_of_their_own(tmp_path: Path) -> None:
@@ -272,23 +325,144 @@ def test_appended_control_tokens_get_rows_of_their_own(tmp_path: Path) -> None:
 
 
 MISTAKES = {
-    "architecture": (["model=tiny"], ["model.dim=128 (in the weights 40)", "Choose model=from_weights"]),
+    "architecture": (["model=tiny"], ["dim 40 in the weights, 128 in the model", "model=from_weights"]),
     "no such folder": (["model.weights=/nowhere/at/all"], ["model.weights: found no folder /nowhere/at/all"]),
-    "slots": (["~tokenizer.im_start_slot"], ["no control token <|im_start|>", "<SPECIAL_3>=3"]),
+    "slots": ([], ["no control token <|im_start|>", "<SPECIAL_3>=3"]),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_named_before_anything_is_prepared(mistake: str, tmp_path: Path) -> None:
     write_base(tmp_path / "base")
-    words, said = MISTAKES[mistake]
-    line = line_from(tmp_path, tmp_path / "base", *([] if mistake == "slots" else SLOTS))
-    line = [word for word in line if not (mistake == "architecture" and word == "model=from_weights")]
-    [message] = run_ranks(refused, 1, [*line, *(w for w in words if not w.startswith("~"))])
-    for words_ in said:
-        assert words_ in message
+    words, expected = MISTAKES[mistake]
+    line = line_from(tmp_path, tmp_path / "base", *([] if mistake == "slots" else SLOTS), *words)
+    if mistake == "architecture":
+        line.remove("model=from_weights")
+    [message] = run_ranks(refused, 1, line)
+    for said in expected:
+        assert said in message
     assert not (tmp_path / "run").exists()
     assert not (tmp_path / "prepared").exists()
+
+
+def unreadable(line: list[str]) -> str:
+    """Train, where rank 1's disk fails in the middle of its reading; what this rank says, by kind."""
+    from model import hf
+
+    real = hf.HFFolder.copy_to
+
+    def failing(self: HFFolder, name: str, *rest: Any) -> None:
+        if os.environ["RANK"] == "1" and name == "norm.weight":
+            raise ValueError(f"{self.path}: found a disk that fails, expected one that does not")
+        real(self, name, *rest)
+
+    hf.HFFolder.copy_to = failing  # type: ignore[method-assign]
+    try:
+        train.train(compose(line))
+    except ValueError as error:
+        return f"{type(error).__name__} {error}"
+    return ""
+
+
+def test_what_fails_on_one_rank_alone_ends_all_and_is_told_from_there(tmp_path: Path) -> None:
+    write_base(tmp_path / "base")
+    said = run_ranks(unreadable, 3, line_from(tmp_path, tmp_path / "base", *SLOTS, "train.tokens_per_step=1536"))
+    assert [words.split()[0] for words in said] == ["ElsewhereError", "HostError", "ElsewhereError"]
+    assert "rank 1 on host 0" in said[1]
+    assert "a disk that fails" in said[1]
+
+
+def damaged(folder: Path, kind: str) -> None:
+    """Harm a run's checkpoint in one of the ways in which disks, people and strangers do."""
+    shard = folder / "__0_0.distcp"
+    content = shard.read_bytes()
+    if kind == "cut short":
+        shard.write_bytes(content[: len(content) // 20])
+    elif kind == "overwritten":
+        shard.write_bytes(bytes(len(content)))
+    elif kind == "absent":
+        shard.unlink()
+    elif kind == "no metadata":
+        (folder / ".metadata").unlink()
+    elif kind == "another version":
+        (folder / "state.json").write_text((folder / "state.json").read_text().replace('"format": 1', '"format": 9'))
+    elif kind == "evil metadata":
+        (folder / ".metadata").write_bytes(pickle.dumps(Evil()))
+    else:  # an object where a tensor should be
+        found = checkpoint.read_weight(folder, "output.weight", (320, 40), torch.float32)
+        state, parts = (folder / "state.json").read_text(), parameter_shapes(BASE)
+        weights = {name: torch.zeros(shape) for name, shape in parts.items()} | {"output.weight": found}
+        shutil.rmtree(folder)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.save({"model": weights | {"norm.weight": Evil()}}, checkpoint_id=str(folder), no_dist=True)
+        (folder / "state.json").write_text(state)
+
+
+class Evil:
+    """Unpickled, it says so on the terminal."""
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.system, ("echo executed",)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("cut short", ""),
+        ("overwritten", ""),
+        ("absent", "No such file"),
+        ("no metadata", ".metadata"),
+        ("another version", "format 9"),
+        ("evil metadata", "posix.system, which is no part of a checkpoint"),
+        ("evil entry", "no tensor norm.weight"),
+    ],
+)
+def test_a_damaged_or_hostile_run_is_refused_and_runs_nothing(
+    kind: str, said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_base(tmp_path / "base")
+    line = line_from(tmp_path, tmp_path / "base", *SLOTS, "train.max_steps=1")
+    run_ranks(go, 2, line)
+    damaged(checkpoint.path_of(tmp_path / "run", 1), kind)
+    settings = ExportConfig(weights=str(tmp_path / "run"), out=str(tmp_path / "out"))
+    with pytest.raises(CheckpointError) as caught:
+        export.main(settings)
+    assert str(tmp_path / "run") in str(caught.value)
+    assert said in str(caught.value)
+    assert not (tmp_path / "out").exists()
+    for message in run_ranks(refused, 2, [*line, "train.max_steps=2"]):
+        assert message
+    assert "executed" not in capfd.readouterr().out
+
+
+def test_the_best_checkpoint_is_that_of_the_lowest_validation_loss(tmp_path: Path) -> None:
+    write_base(tmp_path / "base")
+    line = line_from(
+        tmp_path, tmp_path / "base", *SLOTS, "train.max_steps=3", "checkpoint.every_steps=1",
+        "validation.every_steps=1",
+    )  # fmt: skip
+    run_ranks(go, 1, line)
+    file = tmp_path / "run" / "metrics.jsonl"
+    rows = [json.loads(row) for row in file.read_text().splitlines()]
+    for row in rows:
+        if "validation_loss" in row:
+            row["validation_loss"] = {1: 3.0, 2: 1.0, 3: 2.0}[row["step"]]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 4, "validation_lo')  # torn by a kill
+    assert find(f"{tmp_path / 'run'}@best", "weights").name == f"{tmp_path / 'run'}@2"
+    assert find(f"{tmp_path / 'run'}/", "weights").name.endswith("@3")
+    file.write_text("")
+    with pytest.raises(CheckpointError, match="no validation loss for a checkpoint"):
+        find(f"{tmp_path / 'run'}@best", "weights")
+    for weights, said in (
+        (f"{tmp_path / 'run'}@", "no checkpoint"),
+        (f"{tmp_path / 'run'}@7", "one of the run's steps: 1, 2, 3"),
+        (str(checkpoint.path_of(tmp_path / "run", 2)), f"Name it {tmp_path / 'run'}@2."),
+        (str(file), "metrics.jsonl, a file"),
+    ):
+        with pytest.raises(CheckpointError) as caught:
+            find(weights, "weights")
+        assert said in str(caught.value)
 
 
 def test_export_at_end_leaves_a_folder_once(tmp_path: Path) -> None:
@@ -327,7 +501,7 @@ from magnum_train.export import export
 from magnum_train.weights import Weights
 from base_models import LARGE
 tokenizer = Tokenizer.from_file(sys.argv[2] + "/tokenizer.json", im_start_slot=3, im_end_slot=4)
-found = Weights("a run", Path(sys.argv[1]), LARGE, 4096, Path(sys.argv[2]), None)
+found = Weights("a run", "", Path(sys.argv[1]), LARGE, 4096, Path(sys.argv[2]), None)
 found.read("norm.weight", torch.bfloat16)  # the library's own start
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 export(found, tokenizer, Path(sys.argv[3]), torch.bfloat16, 10 * 10**6)

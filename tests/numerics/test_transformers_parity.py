@@ -5,8 +5,11 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import MistralConfig, MistralForCausalLM
 
-from model.hf import config_to_hf, our_name
+from model.config import parameter_shapes
+from model.hf import config_to_hf, hf_name
 from models import TINY, assert_all_close, assert_close, gradients, tiny_model, tiny_pack, without_labels
+
+OURS = {hf_name(name): name for name in parameter_shapes(TINY)}
 
 TOLERANCE = 1e-5  # float32, some 100 roundings deep
 
@@ -21,7 +24,7 @@ def theirs(ours):
     config = MistralConfig(**config_to_hf(TINY, torch.float32), attn_implementation="eager")
     model = MistralForCausalLM(config).eval()
     weights = dict(ours.named_parameters())
-    model.load_state_dict({name: weights[our_name(name)] for name in model.state_dict()})
+    model.load_state_dict({name: weights[OURS[name]] for name in model.state_dict()})
     return model
 
 
@@ -62,7 +65,7 @@ def test_mean_loss_and_every_gradient_equal_transformers_own_loss(ours, theirs):
     expected = theirs(tokens[None], labels=tokens[None]).loss
     expected.backward()
     assert_close(loss, expected, TOLERANCE)
-    theirs_by_name = {our_name(name): parameter.grad for name, parameter in theirs.named_parameters()}
+    theirs_by_name = {OURS[name]: parameter.grad for name, parameter in theirs.named_parameters()}
     assert_all_close(gradients(ours), theirs_by_name, TOLERANCE)
 
 
@@ -75,5 +78,5 @@ def test_weighted_loss_and_every_gradient_equal_transformers(ours, theirs):
     expected = (each * pack["weights"]).sum()
     expected.backward()
     assert_close(loss, expected, TOLERANCE)
-    theirs_by_name = {our_name(name): parameter.grad for name, parameter in theirs.named_parameters()}
+    theirs_by_name = {OURS[name]: parameter.grad for name, parameter in theirs.named_parameters()}
     assert_all_close(gradients(ours), theirs_by_name, TOLERANCE)

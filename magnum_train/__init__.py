@@ -5,6 +5,7 @@ configuration and a process group. Start reading at `train.py`.
 """
 
 import importlib.util
+import sys
 from pathlib import Path
 
 
@@ -15,6 +16,10 @@ def _check_neighbours() -> None:
     and in a way that points elsewhere.
     """
     home = Path(__file__).resolve().parent.parent
+    if str(home) not in sys.path:
+        # A folder called data, as most people have one where they work, would hide ours where the project is installed
+        # in place. A package of that name is still refused below: somebody may mean it.
+        sys.path.append(str(home))
     for name in ("model", "data", "conf"):
         spec = importlib.util.find_spec(name)
         found = Path(spec.origin).resolve().parent if spec and spec.origin else None

@@ -15,12 +15,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from data import Message, Tokenizer
+from data import DataError, Message, Tokenizer
 from data.chatml import encode_prompt
 from data.sources import locate
 from magnum_train.config import ChatConfig, verb
 from magnum_train.errors import ConfigError
-from magnum_train.weights import load_model
+from magnum_train.weights import find, load_model
 from model import Transformer
 from model.generate import Past, generate
 
@@ -64,7 +64,10 @@ def read_prompts(path: str, limit: int | None, key: str) -> list[Prompt]:
     Raises:
         ConfigError: If the file is missing or a line is not of this form; names file and line.
     """
-    file = locate(key, path).file
+    try:
+        file = locate(key, path).file
+    except DataError:
+        file = None
     if file is None or not file.is_file():
         raise ConfigError(key, f"no file {path}", 'a JSONL file of {"prompt": …}')
     try:
@@ -77,8 +80,12 @@ def read_prompts(path: str, limit: int | None, key: str) -> list[Prompt]:
             continue
         try:
             row = json.loads(line)
+            if strange := row.keys() - {"prompt", "system"}:
+                raise ConfigError(f"{file}, line {number}", f"a field {min(strange)!r}", "prompt, and system or none")
             prompt = Prompt(row["prompt"], row.get("system"))
             prompt.messages()  # refuses what is no text
+        except ConfigError:
+            raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{file}, line {number}", line[:80], '{"prompt": "…", "system": "…"}') from error
         prompts.append(prompt)
@@ -182,6 +189,7 @@ class Dialogue:
         tokenizer: Its own.
         settings: How replies are drawn; `system` and `seed` are where it begins.
         write: Takes text for the terminal as it comes; remarks, which are not part of a reply, in brackets.
+        context: Tokens that the model is known for; a longer conversation is remarked on.
 
     Attributes:
         system: The system message, or None.
@@ -193,9 +201,15 @@ class Dialogue:
     """
 
     def __init__(
-        self, model: Transformer, tokenizer: Tokenizer, settings: ChatConfig, write: Callable[[str], None]
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        settings: ChatConfig,
+        write: Callable[[str], None],
+        context: int | None = None,
     ) -> None:
         self._model, self._tokenizer, self._settings, self._write = model, tokenizer, settings, write
+        self._context = context
         self.system = settings.system
         self.history: list[Message] = []
         self.seed = settings.seed
@@ -252,6 +266,8 @@ class Dialogue:
             self._remark(f"cut off at max_new_tokens={settings.max_new_tokens}")
         elif not shown:
             self._remark("an empty reply")
+        if self._context is not None and len(self.past.tokens) > self._context:
+            self._remark(_beyond(len(self.past.tokens), self._context))
 
     def _remark(self, text: str) -> None:
         self._write(f"[{text}]\n")
@@ -322,6 +338,7 @@ def converse(
     settings: ChatConfig,
     read: Callable[[], str],
     write: Callable[[str], None],
+    context: int | None = None,
 ) -> None:
     """Hold a conversation until it is left.
 
@@ -331,8 +348,9 @@ def converse(
         settings: How replies are drawn.
         read: Gives the next line without its newline; EOFError ends the conversation, KeyboardInterrupt does not.
         write: Takes text as it comes.
+        context: Tokens that the model is known for; a longer conversation is remarked on.
     """
-    dialogue = Dialogue(model, tokenizer, settings, write)
+    dialogue = Dialogue(model, tokenizer, settings, write, context)
     while True:
         try:
             if not dialogue.line(read()):
@@ -354,20 +372,26 @@ def chat(config: ChatConfig) -> None:
     if config.prompts is not None:
         prompts = read_prompts(config.prompts, config.max_prompts, "prompts")
     elif config.prompt is not None:
+        if not config.prompt:
+            raise ConfigError("prompt", "nothing", "a message", "Leave it out for a conversation.")
         prompts = [Prompt(config.prompt, config.system)]
     elif config.prompt_file is not None or sys.stdin is None or not sys.stdin.isatty():
         prompts = [Prompt(read_text(config.prompt_file or "-"), config.system)]
-    model, tokenizer = load_model(config.weights, config.tokenizer, dtype=config.dtype)
+    found = find(config.weights, "weights")
+    model, tokenizer = load_model(found, config.tokenizer, dtype=config.dtype)
     try:
         if config.prompts is not None:
             _labelled(model, tokenizer, config, prompts)
         elif prompts:
-            _alone(model, tokenizer, config, prompts[0])
+            _alone(model, tokenizer, config, prompts[0], found.max_positions)
         else:
-            _at_the_terminal(model, tokenizer, config)
+            _at_the_terminal(model, tokenizer, config, found.max_positions)
     except BrokenPipeError:  # `… | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None  # as a shell counts SIGPIPE
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left over is not tried again
+        raise ConfigError("standard output", str(error.strerror), "room for the reply") from error
 
 
 def _labelled(model: Transformer, tokenizer: Tokenizer, config: ChatConfig, prompts: Sequence[Prompt]) -> None:
@@ -376,27 +400,37 @@ def _labelled(model: Transformer, tokenizer: Tokenizer, config: ChatConfig, prom
     for prompt in prompts:
         text = reply_text(tokenizer, list(_reply(model, tokenizer, config, prompt.messages())))
         if prompt.system is not None:
-            console.print(f"system     {prompt.system}", style="dim", markup=False)
-        console.print(f"user       {prompt.text}", style="cyan", markup=False)
-        console.print(f"assistant  {text}\n", markup=False)
+            console.print(f"system     {prompt.system.translate(_PICTURES)}", style="dim", markup=False)
+        console.print(f"user       {prompt.text.translate(_PICTURES)}", style="cyan", markup=False)
+        console.print(f"assistant  {text.translate(_PICTURES)}\n", markup=False)
 
 
-def _alone(model: Transformer, tokenizer: Tokenizer, config: ChatConfig, prompt: Prompt) -> None:
-    """The reply's text on standard output and nothing else, for scripts."""
+def _alone(model: Transformer, tokenizer: Tokenizer, config: ChatConfig, prompt: Prompt, context: int) -> None:
+    """The reply's text on standard output and nothing else, for scripts; as it is, unless a terminal shows it."""
     ids: list[int] = []
-    for piece in pieces(tokenizer, _noted(_reply(model, tokenizer, config, prompt.messages()), ids)):
-        _show(piece)
+    past, pictures = Past(model), _PICTURES if sys.stdout.isatty() else {}
+    for piece in pieces(tokenizer, _noted(_reply(model, tokenizer, config, prompt.messages(), past), ids)):
+        _show(piece.translate(pictures))
     _show("\n")
     if ids[-1] not in tokenizer.stop_ids:
         print(f"cut off at max_new_tokens={config.max_new_tokens}", file=sys.stderr)
+    if len(past.tokens) > context:
+        print(_beyond(len(past.tokens), context), file=sys.stderr)
 
 
-def _at_the_terminal(model: Transformer, tokenizer: Tokenizer, config: ChatConfig) -> None:
+def _beyond(tokens: int, context: int) -> str:
+    """What to say of a conversation that is longer than its model is good for."""
+    return f"{tokens:,} tokens with the reply; these weights are known for {context:,}, and may ramble beyond"
+
+
+def _at_the_terminal(model: Transformer, tokenizer: Tokenizer, config: ChatConfig, context: int) -> None:
     """A conversation with whoever sits there."""
     with contextlib.suppress(ImportError):  # some platforms lack it
-        importlib.import_module("readline")  # gives input() its editing and its history
+        readline = importlib.import_module("readline")  # gives input() its editing and its history
+        readline.parse_and_bind("set enable-bracketed-paste on")  # so that pasted lines are one message
     _show(f"{config.weights}. A line is a message; /help lists the commands, Ctrl-D leaves.\n")
-    converse(model, tokenizer, config, lambda: input("> "), lambda text: _show(text.translate(_PICTURES)))
+    write = lambda text: _show(text.translate(_PICTURES))  # noqa: E731
+    converse(model, tokenizer, config, lambda: input("> "), write, context)
 
 
 def _show(text: str) -> None:

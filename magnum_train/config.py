@@ -5,15 +5,19 @@ OmegaConf; each part receives its own section. Values that follow from settings 
 settings: they are worked out in `train.py` and printed at start.
 """
 
+import ast
 import dataclasses
 import difflib
 import functools
 import hashlib
+import inspect
+import itertools
 import math
 import os
 import re
 import sys
 import tempfile
+import textwrap
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -36,6 +40,7 @@ from model import TransformerConfig
 
 Schema = TypeVar("Schema")
 CONF = Path(__file__).resolve().parent.parent / "conf"
+_GROUPS = ("experiment", "model", "data")
 
 
 def _choice(key: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -111,6 +116,18 @@ class TokenizerConfig:
     def __post_init__(self) -> None:
         if self.append and not (self.im_start_slot is None and self.im_end_slot is None):
             raise ConfigError("tokenizer.append", "true, and a slot", "one of the two", "Slots need no new ids.")
+
+
+@dataclass(frozen=True)
+class TokenizerFileConfig:
+    """Which tokenizer goes with weights that are there already."""
+
+    path: str | None = None
+    """A tokenizer.json, a Tekken file, or a folder with one; null takes the one beside the weights."""
+    im_start_slot: int | None = None
+    """Reserved id that becomes <|im_start|> where the file has none; null means 14 for a Tekken file."""
+    im_end_slot: int | None = None
+    """Reserved id that becomes <|im_end|>; null means 15 for a Tekken file."""
 
 
 @dataclass(frozen=True)
@@ -377,7 +394,7 @@ class ChatConfig:
     """Seed of the sampling."""
     dtype: str = "auto"
     """float32 or bfloat16; auto: bfloat16 on a GPU, else float32."""
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    tokenizer: TokenizerFileConfig = field(default_factory=TokenizerFileConfig)
     """Where the weights' own tokenizer is not the one to use, or lacks control tokens."""
 
     def __post_init__(self) -> None:
@@ -407,8 +424,8 @@ class ExportConfig:
     dtype: str = "bfloat16"
     """bfloat16 as published and served, float32 (a run's masters themselves), or float16."""
     max_shard_gb: float = 5.0
-    """Most gigabytes (1e9 bytes) of a file, and of memory that an export takes."""
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    """Most gigabytes (1e9 bytes) of a file. So much is held in memory, and beside it one rank's part of a tensor."""
+    tokenizer: TokenizerFileConfig = field(default_factory=TokenizerFileConfig)
     """Where the weights' own tokenizer is not the one to use, or lacks control tokens."""
 
     def __post_init__(self) -> None:
@@ -495,6 +512,9 @@ def _as_user_error(error: Exception, schema: type) -> ValueError | None:
     ours = next((e for e in chain if isinstance(e, (UserError, DataError))), None)
     if ours is not None:
         return ours
+    choice = re.search(r"Could not find '(.+)/(.+)'.*?Available options in '[^']*':\s*(.*)", str(error), re.DOTALL)
+    if choice:
+        return ConfigError(choice[1], repr(choice[2]), "one of " + ", ".join(choice[3].split("\nConfig")[0].split()))
     if isinstance(error, ValueError) and "Config group override" in str(error):
         return ConfigError("command line", str(error), "the name of a file in that group; leave it out for none")
     if not isinstance(error, (HydraException, OmegaConfBaseException)):
@@ -596,6 +616,12 @@ def _overrides(line: list[str]) -> list[str]:
             key, equals, _ = word.partition("=")
             place = key if equals and key.isprintable() else "command line"
             raise ConfigError(place, "bytes that are not UTF-8", "text in UTF-8", "Check the terminal's encoding.")
+    before = ""
+    for word in line:
+        if "=" not in word and not word.startswith(("-", "~")) and not before.startswith("-"):
+            remedy = f"Did you mean weights={word}?" if Path(word).exists() else ""
+            raise ConfigError("command line", repr(word), "settings as key=value", remedy)
+        before = word
     return [_quoted(re.sub(r"^\+*(?=data\.sources\.[^.=]+\.)", "++", word)) for word in line]
 
 
@@ -633,6 +659,50 @@ def default_run_dir(experiment: str | None, overrides: list[str]) -> str:
     return f"runs/{name}-{short}-{hashlib.sha256(chr(10).join(kept).encode()).hexdigest()[:4]}"
 
 
+@functools.cache
+def _field_docs() -> dict[tuple[str, str], str]:
+    """What stands below each field of a settings class, by class and field: its meaning, as one line."""
+    docs = {}
+    for file in (Path(__file__), Path(str(inspect.getsourcefile(SourceConfig)))):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if not isinstance(node, ast.ClassDef):
+                continue
+            for at, below in itertools.pairwise(node.body):
+                if not (isinstance(at, ast.AnnAssign) and isinstance(at.target, ast.Name)):
+                    continue
+                if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+                    docs[node.name, at.target.id] = " ".join(str(below.value.value).split())
+    return docs
+
+
+def _described(schema: type, prefix: str = "") -> Iterator[str]:
+    """Each setting of a schema with its default and its meaning."""
+    hints = get_type_hints(schema)
+    for f in dataclasses.fields(schema):
+        kind, doc = hints[f.name], _field_docs().get((schema.__name__, f.name), "")
+        inner = next((k for k in (kind, *get_args(kind)) if dataclasses.is_dataclass(k)), None)
+        if inner is not None:
+            yield from _described(cast(type, inner), f"{prefix}{f.name}." + ("" if inner is kind else "NAME."))
+            continue
+        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+        required = default is dataclasses.MISSING or default == MISSING
+        shown = str(default).lower() if isinstance(default, bool) else "null" if default is None else str(default)
+        yield f"  {prefix}{f.name}={'VALUE' if required else shown}"
+        yield textwrap.fill(doc, 110, initial_indent="      ", subsequent_indent="      ")
+
+
+def help_text(program: str, schema: type) -> str:
+    """What --help prints: every setting, its default and its meaning."""
+    lines = [f"python -m {program} KEY=VALUE …", "", str(inspect.getdoc(schema)), ""]
+    end: list[str] = []
+    if schema is TrainConfig:
+        choices = {group: sorted(file.stem for file in (CONF / group).glob("*.yaml")) for group in _GROUPS}
+        lines += [f"  {group}={'|'.join(names)}" for group, names in choices.items()]
+        lines += ["      Files of settings in conf/; single ones on the command line win over them.", ""]
+        end = ["", "--cfg job prints the settings as composed; --multirun sweeps over values between commas."]
+    return "\n".join([*lines, *_described(schema), *end])
+
+
 def verb(run: Callable[[Schema], None], schema: type[Schema], config_name: str) -> None:
     """Run a program under Hydra: compose, turn into frozen objects, call, and end as users expect.
 
@@ -643,6 +713,10 @@ def verb(run: Callable[[Schema], None], schema: type[Schema], config_name: str) 
 
     A `UserError` ends in its message on rank 0 and status 2 on all; anything else in a traceback and status 1.
     """
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        if launch().rank == 0:
+            print(help_text(run.__globals__["__spec__"].name, schema))
+        return
     register()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors to us instead of printing them its own way
 
@@ -673,7 +747,8 @@ def _end(error: BaseException, schema: type) -> None:
     """Say what went wrong, once, and leave with the status that fits."""
     if isinstance(error, KeyboardInterrupt):
         if launch().rank == 0:
-            print("\ninterrupted; the same command goes on where it can", file=sys.stderr)
+            goes_on = "; the same command goes on from the newest checkpoint" if schema is TrainConfig else ""
+            print(f"\ninterrupted{goes_on}", file=sys.stderr)
         raise SystemExit(130) from None
     known = _as_user_error(error, schema) if isinstance(error, Exception) else None
     if known is None:

@@ -38,7 +38,7 @@ def main() -> int:
         print("\nThe training stopped. `make demo` again goes on from its newest checkpoint.", file=sys.stderr)
         return status
     print(f"\nThree prompts that were not in the training:\n\n$ python {' '.join(answer)}", flush=True)
-    status = subprocess.run([sys.executable, *answer, "max_new_tokens=96"], check=False).returncode
+    status = subprocess.run([sys.executable, *answer], check=False).returncode
     if status == 0:
         print(f"The run is in {RUN_DIR}. Its curves: .venv/bin/tensorboard --logdir {RUN_DIR}/tensorboard")
     return status

@@ -7,6 +7,7 @@ process group, on weights that are already sharded by rows.
 """
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +52,7 @@ class Mended:
     mended: list[int]
 
     def record(self, tokenizer: Tokenizer) -> dict[str, Any]:
-        """As a JSON object: the tokens that conversations use by name, the others by id."""
+        """As a JSON object: the tokens that conversations use by name, the others by spans of ids, ends included."""
         used = {n: i for n, i in tokenizer.controls.items() if i in (tokenizer.bos_id, *_chatml(tokenizer))}
         return {
             "ordinary_rows": self.ordinary,
@@ -60,8 +61,19 @@ class Mended:
             "trained_between": [self.low, self.high],
             "norm_found": {name: self.norms[name] for name in used},
             "mended": {name: id_ for name, id_ in used.items() if id_ in self.mended},
-            "others_mended": [id_ for id_ in self.mended if id_ not in used.values()],
+            "others_mended": _spans(id_ for id_ in self.mended if id_ not in used.values()),
         }
+
+
+def _spans(ids: Iterable[int]) -> list[list[int]]:
+    """Ascending ids as [first, last] of each run of neighbours."""
+    spans: list[list[int]] = []
+    for id_ in ids:
+        if spans and spans[-1][1] == id_ - 1:
+            spans[-1][1] = id_
+        else:
+            spans.append([id_, id_])
+    return spans
 
 
 def _chatml(tokenizer: Tokenizer) -> tuple[int, int]:

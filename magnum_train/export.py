@@ -17,7 +17,7 @@ import torch
 
 from data import Tokenizer
 from magnum_train import checkpoint
-from magnum_train.config import ExportConfig, TokenizerConfig, verb
+from magnum_train.config import ExportConfig, TokenizerFileConfig, verb
 from magnum_train.errors import CheckpointError, ConfigError, UserError
 from magnum_train.weights import Weights, find, open_tokenizer
 from model.flops import parameter_count
@@ -94,7 +94,7 @@ def export_newest(run_dir: Path, say: Callable[[str], None]) -> str:
         return str(out)
     found = find(f"{run_dir}@{step}", "run_dir")
     begin = time.perf_counter()
-    export(found, open_tokenizer(TokenizerConfig(), found.vocabulary), out, torch.bfloat16, MAX_SHARD_BYTES)
+    export(found, open_tokenizer(TokenizerFileConfig(), found.vocabulary), out, torch.bfloat16, MAX_SHARD_BYTES)
     say(f"exported {found.name} to {out} in {time.perf_counter() - begin:.1f} s")
     return str(out)
 
@@ -109,10 +109,10 @@ def main(settings: ExportConfig) -> None:
         theirs = str(found.hf.dtype).removeprefix("torch.")
         print(f"weights are rounded from {theirs} to {settings.dtype}; dtype={theirs} keeps them", file=sys.stderr)
     export(found, tokenizer, out, dtype, int(settings.max_shard_gb * 1e9))
-    size = sum(file.stat().st_size for file in out.iterdir()) / 1e9
+    size = sum(file.stat().st_size for file in out.iterdir()) / 1e6
     seconds = time.perf_counter() - begin
     count = parameter_count(found.config)
-    print(f"{found.name}: {count:,} parameters in {settings.dtype}, {size:.2f} GB, to {out} in {seconds:.1f} s")
+    print(f"{found.name}: {count:,} parameters in {settings.dtype}, {size:,.0f} MB, to {out} in {seconds:.1f} s")
 
 
 if __name__ == "__main__":

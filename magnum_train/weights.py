@@ -22,7 +22,7 @@ import torch
 from data import DataError, Tokenizer
 from data.tokenizer import named_chatml
 from magnum_train import checkpoint
-from magnum_train.config import ModelConfig, TokenizerConfig, TrainConfig, from_yaml
+from magnum_train.config import ModelConfig, TokenizerConfig, TokenizerFileConfig, TrainConfig, from_yaml
 from magnum_train.errors import CheckpointError, ConfigError
 from magnum_train.metrics import whole_rows
 from model import Transformer, TransformerConfig
@@ -110,6 +110,8 @@ def find(weights: str, key: str) -> Weights:
     Raises:
         CheckpointError: There is no such thing, or it is incomplete.
     """
+    if not weights.strip():
+        raise CheckpointError(key, "nothing", "a run, a folder or a hub name")
     weights = str(Path(weights).expanduser()) if weights.startswith("~") else weights
     run = _as_run(weights)
     if run is not None:
@@ -146,7 +148,7 @@ def _as_run(weights: str) -> tuple[Path, str | None] | None:
 def _step(run_dir: Path, asked: str | None, key: str) -> int:
     """The step of the checkpoint that is asked for: the newest, a number, or `best`."""
     there = checkpoint.steps(run_dir)
-    listed = f"one of the run's steps: {', '.join(map(str, there)) or 'none'}"
+    listed = f"one of the run's steps: {', '.join(map(str, there))}" if there else "one; the run has none yet"
     if asked == "best":
         rows = [row for _, row in whole_rows(run_dir / "metrics.jsonl")]
         losses = {row["step"]: row["validation_loss"] for row in rows if row.get("validation_loss") is not None}
@@ -198,7 +200,7 @@ def fetch(weights: str, key: str, *, tokenizer_alone: bool = False) -> tuple[Pat
     return folder, f"{match[1]}@{folder.name}"
 
 
-def open_tokenizer(settings: TokenizerConfig, beside: Path | None) -> Tokenizer:
+def open_tokenizer(settings: TokenizerConfig | TokenizerFileConfig, beside: Path | None) -> Tokenizer:
     """The tokenizer that is set, or the one beside the weights.
 
     Args:
@@ -210,8 +212,9 @@ def open_tokenizer(settings: TokenizerConfig, beside: Path | None) -> Tokenizer:
     """
     path = settings.path or beside
     assert path is not None
+    append = isinstance(settings, TokenizerConfig) and settings.append
     return Tokenizer.from_file(
-        path, im_start_slot=settings.im_start_slot, im_end_slot=settings.im_end_slot, append=settings.append
+        path, im_start_slot=settings.im_start_slot, im_end_slot=settings.im_end_slot, append=append
     )
 
 
@@ -267,19 +270,18 @@ def architecture(asked: ModelConfig, found: Weights, at_least: int = 0) -> Model
     return filled
 
 
-def load_model(weights: str, tokenizer: TokenizerConfig, *, dtype: str) -> tuple[Transformer, Tokenizer]:
+def load_model(found: Weights, tokenizer: TokenizerFileConfig, *, dtype: str) -> tuple[Transformer, Tokenizer]:
     """A model on one device, ready to answer, and its tokenizer.
 
     Args:
-        weights: As above.
+        found: The weights.
         tokenizer: Where the weights' own is not the one to use, or lacks control tokens.
         dtype: "float32", "bfloat16", or "auto": bfloat16 on a GPU, float32 on a CPU, where it is faster.
 
     Raises:
-        CheckpointError: There are no such weights.
+        CheckpointError: They cannot be read.
         DataError: There is no such tokenizer.
     """
-    found = find(weights, "weights")
     words = open_tokenizer(tokenizer, found.vocabulary)
     if words.vocab_size > found.config.vocab_size:
         raise DataError(

@@ -315,7 +315,7 @@ def check_same_network(
     if differing:
         raise ValueError(
             f"{place}: found {'; '.join(differing)}, expected equal values; "
-            "set model.* as in the weights, or take all from them with model=from_weights"
+            "set model.* as in the weights, or leave it to model=from_weights"
         )
 
 

@@ -129,7 +129,7 @@ def test_untrained_rows_begin_at_the_mean_once_and_alike_on_any_number_of_ranks(
         assert len({tuple(row.tolist()) for row in rows[2:5]}) == 3  # each distinct
         assert torch.equal(rows[[0, 1, 5, 6, 7]], whole[[0, 1, 5, 6, 7]])
         assert first[matrix]["mended"] == {"<|im_start|>": 3, "<|im_end|>": 4}
-        assert first[matrix]["others_mended"] == [2]
+        assert first[matrix]["others_mended"] == [[2, 2]]
         assert first[matrix]["norm_found"]["<|im_end|>"] == 0
         assert first[matrix]["ordinary_rows"] == 315
         assert again[matrix]["mended"] == {}
@@ -174,7 +174,7 @@ def test_rows_beyond_the_vocabulary_are_set_and_recorded_and_what_is_not_finite_
     write_base(tmp_path / "padded", vocab_size=330, zero=(3, 4, *range(322, 330)))
     line = line_from(tmp_path, tmp_path / "padded", *SLOTS, "train.max_steps=1", "samples.every_steps=1")
     run_ranks(go, 2, line)
-    assert read_origin(tmp_path / "run")["control_rows"]["output"]["others_mended"] == list(range(322, 330))
+    assert read_origin(tmp_path / "run")["control_rows"]["output"]["others_mended"] == [[322, 329]]
     write_base(tmp_path / "base", shard=10**9)
     rescaled(tmp_path / "base", [300], float("nan"))
     [said] = run_ranks(refused, 1, line_from(tmp_path, tmp_path / "base", *SLOTS, f"run_dir={tmp_path / 'other'}"))
@@ -322,6 +322,52 @@ def test_appended_control_tokens_get_rows_of_their_own(tmp_path: Path) -> None:
     assert (embed[320:] - base[5:].mean(dim=0)).abs().max() < 0.05
     run_ranks(go, 1, [*line, "train.max_steps=2"])  # goes on
     assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2]
+
+
+def test_a_new_start_leaves_no_record_of_an_earlier_beginning(tmp_path: Path) -> None:
+    write_base(tmp_path / "base")
+    run_ranks(go, 1, line_from(tmp_path, tmp_path / "base", *SLOTS, "train.max_steps=1"))
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    run_ranks(go, 1, overrides(tmp_path, "train.max_steps=1"))
+    assert read_origin(tmp_path / "run") == {}
+    assert find(str(tmp_path / "run"), "weights").max_positions == 256
+
+
+def test_the_vocabulary_of_a_run_does_not_grow(tmp_path: Path) -> None:
+    write_base(tmp_path / "base")
+    run_ranks(go, 1, line_from(tmp_path, tmp_path / "base", *SLOTS, "train.max_steps=1"))
+    more = ["model.vocab_size=384", "tokenizer.append=true", f"run_dir={tmp_path / 'second'}"]
+    for said in run_ranks(refused, 2, line_from(tmp_path, tmp_path / "run", *more))[:1]:
+        assert "model.vocab_size: found 384; expected 320, as in" in said
+        assert "export it and begin from the folder" in said
+    assert not (tmp_path / "second").exists()
+
+
+def test_a_folder_of_weights_may_hold_a_config_of_somebody_elses(tmp_path: Path) -> None:
+    write_base(tmp_path / "base")
+    (tmp_path / "base" / "config.yaml").write_text("lora: 8\n")
+    assert find(str(tmp_path / "base"), "weights").config == BASE
+
+
+def test_weights_and_tokenizer_of_a_hub_model_are_of_one_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub moves on between the two; each host asks it once."""
+    write_base(tmp_path / "base")
+    asked = []
+
+    def download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((name, revision))
+        return str(tmp_path / "base")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    line = line_from(tmp_path, Path("someone/small"), *SLOTS, "train.max_steps=1")
+    with monkeypatch.context() as patch:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+            patch.delenv(name, raising=False)
+        train.train(compose(line))
+    assert asked == [("someone/small", None)]
+    assert read_origin(tmp_path / "run")["weights"] == "someone/small@base"
 
 
 MISTAKES = {

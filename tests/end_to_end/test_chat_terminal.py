@@ -1,5 +1,6 @@
 """Chat as a person and as a script start it, on random weights: a terminal, its keys, pipes, any text on the line."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import termios
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -45,10 +47,10 @@ def environment() -> dict[str, str]:
 
 
 class Screen:
-    """What a terminal shows, read as far as asked."""
+    """What a terminal shows, read as far as asked; and whether it was told to mark what is pasted."""
 
     def __init__(self, terminal: int) -> None:
-        self.terminal, self.rest = terminal, b""
+        self.terminal, self.rest, self.marks_pastes = terminal, b"", False
 
     def until(self, sign: str, seconds: float = 40) -> str:
         """What comes, up to and with the sign; it waits for something also where that is empty."""
@@ -57,19 +59,48 @@ class Screen:
             ready, _, _ = select.select([self.terminal], [], [], max(0, end - time.monotonic()))
             assert ready, f"no {sign!r} in {self.rest!r}"
             self.rest += os.read(self.terminal, 4096)
+            self.marks_pastes |= b"\x1b[?2004h" in self.rest
+            self.rest = self.rest.replace(b"\x1b[?2004l\r", b"").replace(b"\x1b[?2004h", b"")
         place += len(sign.encode())
         seen, self.rest = self.rest[:place], self.rest[place:]
         return seen.decode(errors="replace")
 
 
-def test_a_conversation_at_a_terminal(folder: Path) -> None:
+@contextlib.contextmanager
+def at_a_terminal(folder: Path, kind: str, *words: str) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
+    """The program at a terminal of a kind; the terminal's other end, and the process."""
     master, slave = pty.openpty()
     process = subprocess.Popen(
-        [*CHAT, "max_new_tokens=100000", "temperature=0.05"], cwd=folder, env=environment(), stdin=slave, stdout=slave,
-        stderr=slave, start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        [*CHAT, *words], cwd=folder, env=environment() | {"TERM": kind}, stdin=slave, stdout=slave, stderr=slave,
+        start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
     )  # fmt: skip
     os.close(slave)
     try:
+        yield master, process
+    finally:
+        process.kill()
+        process.wait()
+        os.close(master)
+
+
+def test_lines_that_are_pasted_together_are_one_message(folder: Path) -> None:
+    with at_a_terminal(folder, "xterm", "max_new_tokens=2") as (master, process):
+        screen = Screen(master)
+        screen.until("> ")
+        assert screen.marks_pastes
+        os.write(master, b"\x1b[200~Line one.\rLine two.\x1b[201~\r")
+        screen.until("cut off at max_new_tokens=2")
+        screen.until("> ")
+        os.write(master, b"/save talk.jsonl\r")
+        screen.until("saved: one line more")
+        os.write(master, b"/quit\r")
+        assert process.wait(timeout=20) == 0
+    messages = parse(json.loads((folder / "talk.jsonl").read_text())).messages
+    assert [m.content for m in messages if m.role == "user"] == ["Line one.\nLine two."]
+
+
+def test_a_conversation_at_a_terminal(folder: Path) -> None:
+    with at_a_terminal(folder, "dumb", "max_new_tokens=100000", "temperature=0.05") as (master, process):
         screen = Screen(master)
         assert "my model. A line is a message" in screen.until("> ")
         time.sleep(1)  # between the prompt and its waiting for a key Python's readline is deaf to a signal
@@ -86,10 +117,6 @@ def test_a_conversation_at_a_terminal(folder: Path) -> None:
         os.write(master, b"\x04")
         process.wait(timeout=20)
         assert process.returncode == 0
-    finally:
-        process.kill()
-        process.wait()
-        os.close(master)
     messages = parse(json.loads((folder / "talk.jsonl").read_text())).messages
     assert [m.role for m in messages] == ["user", "assistant"]
     assert messages[0].content == "Hé, 🤖"

@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from base_models import SLOTS, write_base
 from data import DataError
-from magnum_train.config import ExportConfig, TokenizerConfig
+from magnum_train.config import ExportConfig, TokenizerFileConfig
 from magnum_train.errors import UserError
 from magnum_train.export import main
-from magnum_train.weights import load_model
+from magnum_train.weights import find, load_model
 from models import assert_close
 
 FILES = {
@@ -62,7 +62,7 @@ def test_a_folder_goes_in_and_comes_out_with_chatml_and_the_same_bits(tmp_path: 
     assert len(list((tmp_path / "wide").glob("model-*.safetensors"))) > 2
     theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path / "wide", output_loading_info=True)
     assert not any(info.values()), info
-    ours, tokenizer = load_model(str(tmp_path / "wide"), TokenizerConfig(), dtype="float32")
+    ours, tokenizer = load_model(find(str(tmp_path / "wide"), "weights"), TokenizerFileConfig(), dtype="float32")
     words = AutoTokenizer.from_pretrained(tmp_path / "wide")
     asked = words.apply_chat_template([{"role": "user", "content": "green door"}], add_generation_prompt=True)
     ids = torch.tensor(asked["input_ids"])
@@ -75,14 +75,14 @@ def test_a_folder_goes_in_and_comes_out_with_chatml_and_the_same_bits(tmp_path: 
 MISTAKES = {
     "out is there": ({"out": "base"}, ["base: found it there already", "Name another"]),
     "no slots": (
-        {"tokenizer": TokenizerConfig()},
+        {"tokenizer": TokenizerFileConfig()},
         ["tokenizer.json", "no control token <|im_start|>", "<SPECIAL_3>=3"],
     ),
     "no weights": ({"weights": "nothing"}, ["weights: found no folder", "nothing"]),
     "a file in the way": ({"out": "base/config.json/out"}, ["Not a directory"]),
     "no permission": ({"out": "/sys/magnum"}, ["/sys", "expected to write"]),
     "no room": ({"out": "out"}, ["out: found 0.0 GB free for", "0.1 GB"]),
-    "half a slot": ({"tokenizer": TokenizerConfig(im_start_slot=3)}, ["no control token <|im_end|>"]),
+    "half a slot": ({"tokenizer": TokenizerFileConfig(im_start_slot=3)}, ["no control token <|im_end|>"]),
 }
 
 
@@ -95,7 +95,7 @@ def test_a_mistake_is_answered_and_nothing_is_written(
     change, said = MISTAKES[mistake]
     if mistake == "no room":
         monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 0))
-    slots = TokenizerConfig(im_start_slot=3, im_end_slot=4)
+    slots = TokenizerFileConfig(im_start_slot=3, im_end_slot=4)
     settings = ExportConfig(weights="base", out="out", tokenizer=slots)
     settings = dataclasses.replace(settings, **change)
     monkeypatch.chdir(tmp_path)

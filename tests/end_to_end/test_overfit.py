@@ -7,9 +7,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data import Message
 from magnum_train import chat, export
-from magnum_train.config import ExportConfig, TokenizerConfig, compose
+from magnum_train.config import ExportConfig, TokenizerFileConfig, compose
 from magnum_train.train import train
-from magnum_train.weights import load_model
+from magnum_train.weights import find, load_model
 from ranks import run_ranks
 from tiny_runs import conversation, metrics, overrides, write_rows
 
@@ -43,7 +43,7 @@ def test_ten_conversations_are_learnt_and_said_back(tmp_path: Path) -> None:
     rows = metrics(tmp_path / "run")
     assert rows[0]["loss"] > 4
     assert rows[-1]["loss"] < 0.1
-    model, tokenizer = load_model(str(tmp_path / "run"), TokenizerConfig(), dtype="auto")
+    model, tokenizer = load_model(find(str(tmp_path / "run"), "weights"), TokenizerFileConfig(), dtype="auto")
     for ask, answer in FACTS.items():
         ids = list(chat.reply(model, tokenizer, [Message("user", ask)], max_new_tokens=60))
         assert ids[-1] == tokenizer.im_end_id

@@ -43,6 +43,14 @@ def test_a_training_line_composes(command: str) -> None:
     assert settings.packs_per_step > 0
 
 
+def test_the_size_that_it_names_is_that_of_the_packages() -> None:
+    named = re.search(r"Some ([\d,]+) lines of trainer, ([\d,]+) of data and ([\d,]+) of model", README)
+    assert named
+    for package, said in zip(("magnum_train", "data", "model"), named.groups(), strict=True):
+        count = sum(len(file.read_text().splitlines()) for file in (HOME / package).glob("*.py"))
+        assert abs(count - int(said.replace(",", ""))) < 0.05 * count, (package, count)
+
+
 def test_the_demos_line_is_the_one_that_it_runs(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -59,7 +67,8 @@ def test_the_demos_line_is_the_one_that_it_runs(
     assert len(printed) == len(started) == 2
     for line, words in zip(printed, started, strict=True):
         assert line in commands()
-        assert set(line.split()[1:]) <= {"--standalone", *words}
+        shown = line.split()[1:]
+        assert words[-len(shown) :] == shown
 
 
 def test_a_chat_line_composes() -> None:

@@ -83,3 +83,18 @@ def test_a_strange_package_of_our_name_is_named_at_start(name: str, tmp_path: Pa
     )
     assert done.returncode != 0
     assert f"`import {name}` finds {tmp_path / name}" in done.stderr
+
+
+def test_a_folder_called_data_where_one_works_does_no_harm(tmp_path: Path) -> None:
+    import subprocess
+
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "my.jsonl").write_text("")
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import importlib.util as u;"
+        f"spec = u.spec_from_file_location('magnum_train', {str(HOME / 'magnum_train' / '__init__.py')!r});"
+        "spec.loader.exec_module(u.module_from_spec(spec)); import data; print(data.__file__)"
+    )
+    done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(HOME / "data" / "__init__.py")

@@ -4,6 +4,7 @@ import io
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -295,6 +296,7 @@ def test_a_message_that_cannot_be_read_is_refused(content: bytes | None, said: s
 @pytest.fixture
 def loaded(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights in memory instead of in a folder."""
+    monkeypatch.setattr(chat, "find", lambda *_: SimpleNamespace(max_positions=100))
     monkeypatch.setattr(chat, "load_model", lambda *_, **__: (model, BYTES))
 
 
@@ -324,6 +326,19 @@ def test_prompts_of_a_file_are_answered_with_labels(tmp_path: Path, capsys: pyte
     chat.chat(replace(CONFIG, prompts=str(tmp_path / "p.jsonl")))
     labels = [line.split()[0] for line in capsys.readouterr().out.split("\n") if line]
     assert labels == ["system", "user", "assistant", "user", "assistant"]
+
+
+@pytest.mark.usefixtures("loaded")
+def test_a_conversation_longer_than_the_model_is_good_for_is_remarked_on(capsys: pytest.CaptureFixture[str]) -> None:
+    chat.chat(replace(CONFIG, prompt="x" * 120))
+    assert "these weights are known for 100" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("row", ['{"prompt": "x", "sytem": "y"}', '{"prompt": 1}', '["x"]', "{"])
+def test_a_row_of_prompts_that_is_not_of_the_form_is_refused_with_its_line(row: str, tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "x"}\n' + row + "\n")
+    with pytest.raises(ConfigError, match=r"p\.jsonl, line 2"):
+        chat.read_prompts(str(tmp_path / "p.jsonl"), None, "prompts")
 
 
 def test_a_model_cannot_command_the_terminal() -> None:

@@ -100,7 +100,7 @@ def test_an_unknown_key_in_a_file_is_refused_as_well(tmp_path: Path) -> None:
         ("train.tokens_per_step=1000", "train.tokens_per_step"),
         ("data.pack_documents=0", "data.pack_documents"),
         ("precision=fp16", "precision"),
-        ("experiment=dmo", "command line"),
+        ("experiment=dmo", "experiment"),
         ("experiment=null", "command line"),
         ("optim.lr=inf", "optim.lr"),
         ("train.max_grad_norm=nan", "train.max_grad_norm"),
@@ -198,8 +198,29 @@ def test_the_documentation_lists_what_may_change_on_resume() -> None:
 
 
 def test_a_group_without_the_name_is_answered_with_those_that_there_are() -> None:
-    with pytest.raises(ConfigError, match=r"experiment/dmo.*demo magnum_v2_12b"):
+    with pytest.raises(ConfigError, match=r"experiment: found 'dmo'; expected one of demo, magnum_v2_12b"):
         compose(["experiment=dmo"])
+
+
+@pytest.mark.parametrize("schema", [config.TrainConfig, config.ChatConfig, config.ExportConfig])
+def test_help_says_of_every_setting_what_it_means(schema: type) -> None:
+    lines = config.help_text("magnum_train.verb", schema).splitlines()
+    keys = list(config.setting_keys(schema))
+    for key in (k for k in keys if not any(other.startswith(f"{k}.") for other in keys)):
+        [at] = [i for i, line in enumerate(lines) if line.startswith(f"  {key}=")]
+        assert lines[at + 1].startswith("      "), key
+        assert len(lines[at + 1]) > 20, key
+
+
+@pytest.mark.parametrize("word", ["runs/demo", "What is this", "{a"])
+def test_a_word_that_is_no_setting_is_answered_in_plain_words(word: str) -> None:
+    with pytest.raises(ConfigError, match=r"command line: found .*; expected settings as key=value"):
+        compose([word])
+
+
+def test_a_path_of_training_may_hold_what_a_shell_can_pass() -> None:
+    assert compose(["model.weights=runs/a b (c)=d@5"]).model.weights == "runs/a b (c)=d@5"
+    assert compose(["model.weights=null"]).model.weights is None
 
 
 def test_a_default_folder_can_be_typed_back_as_weights() -> None:

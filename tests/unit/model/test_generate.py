@@ -183,7 +183,7 @@ def test_several_prompts_are_split_into_packs_of_bounded_size():
 
 
 def test_repetition_lowers_logits_of_either_sign():
-    choices = _Choices([[1, 2], [3]], 1, 0.0, 1.0, 2.0, 0)
+    choices = _Choices([[1, 2], [3]], 1, 0.0, 1.0, 2.0, None, 0)
     # 1 falls from 3 to 1.5 and 2 from -1 to -2; in the second, 3 falls from 5 to 2.5.
     logits = torch.tensor([[2.0, 3.0, -1.0, 0.0], [2.0, 1.0, 0.0, 5.0]])
     assert choices.next(logits) == [0, 3]
@@ -217,6 +217,18 @@ def test_draws_follow_the_tempered_and_cut_distribution(temperature, top_p, expe
     shares = draws.bincount(minlength=4)[[1, 3, 2, 0]] / 2000
     assert (shares - torch.tensor(expected)).abs().max() < 0.045
     assert shares[torch.tensor(expected) == 0].eq(0).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 2.0, "top_p": 0.9}, {"repetition_penalty": 1.3}], ids=str)
+def test_ids_for_which_the_tokenizer_has_no_text_are_never_chosen(options):
+    """The further rows of the matrix would win every time."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.output.weight[500:] *= 100
+    assert max(generate(model, PROMPT, max_new_tokens=8, **options)) >= 500
+    assert max(generate(model, PROMPT, max_new_tokens=8, vocab_size=500, **options)) < 500
+    replies = generate_batch(model, [PROMPT, PROMPT[:3]], max_new_tokens=8, vocab_size=500, **options)
+    assert max(max(reply) for reply in replies) < 500
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ class Tokenizer:
         """
         model = _model_of(spec, place)
         vocab: dict[str, int] = dict(model["vocab"])
-        self.controls: dict[str, int] = {t["content"]: t["id"] for t in spec.get("added_tokens") or ()}
+        self.controls: dict[str, int] = {t["content"]: t["id"] for t in _added_of(spec, place)}
         for name in (IM_START, IM_END):
             if name not in self.controls and name in vocab:
                 self.controls[name] = vocab[name]
@@ -210,7 +210,7 @@ class Tokenizer:
             if not append:
                 slots = {name: _NEMO_SLOTS[name] if slot is None else slot for name, slot in slots.items()}
         spec = _with_chatml(spec, path, slots, append)
-        bos: str | None = BOS if any(t["content"] == BOS for t in spec.get("added_tokens") or ()) else None
+        bos: str | None = BOS if any(t["content"] == BOS for t in _added_of(spec, str(path))) else None
         config_path = path.with_name("tokenizer_config.json")
         if config_path.is_file():
             config = _read_json(config_path)
@@ -363,24 +363,26 @@ class Tokenizer:
         return "".join(pieces)
 
 
-def named_chatml(folder: Path) -> tuple[int | None, int | None]:
-    """The ids under which a folder's tokenizer.json already names `<|im_start|>` and `<|im_end|>`.
+def named_chatml(path: Path) -> tuple[int | None, int | None] | None:
+    """The ids under which a tokenizer.json already names `<|im_start|>` and `<|im_end|>`.
 
     Args:
-        folder: with a tokenizer.json, or without.
+        path: the file, or a folder with it. A Tekken file names neither.
 
     Returns:
-        Both ids; None where the name is not there.
+        Both ids, each None where the name is not there; None where there is no such file.
 
     Raises:
         DataError: the file is not a tokenizer.
     """
-    file = folder / "tokenizer.json"
+    file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
-        return None, None
+        return None
     spec = _read_json(file)
+    if isinstance(spec.get("vocab"), list):
+        return None, None
     ids = dict(_model_of(spec, str(file))["vocab"])
-    ids |= {token["content"]: token["id"] for token in spec.get("added_tokens") or ()}
+    ids |= {token["content"]: token["id"] for token in _added_of(spec, str(file))}
     return ids.get(IM_START), ids.get(IM_END)
 
 
@@ -474,7 +476,7 @@ def _from_tekken(tekken: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 def _with_chatml(spec: dict[str, Any], path: Path, slots: Mapping[str, int | None], append: bool) -> dict[str, Any]:
     """Rename reserved control ids to the ChatML names where the file has none, or append new ones."""
-    added = [dict(token) for token in spec.get("added_tokens") or ()]
+    added = _added_of(spec, str(path))
     model = _model_of(spec, str(path))
     vocab = dict(model["vocab"])
     ids = {token["content"]: token["id"] for token in added}
@@ -520,6 +522,16 @@ def _file_of(path: Path) -> Path:
         f"{path}: a folder without tokenizer.json and tekken.json; expected one of them. Give a model's whole "
         "folder, or the file itself"
     )
+
+
+def _added_of(spec: Mapping[str, Any], place: str) -> list[dict[str, Any]]:
+    """The control tokens that a tokenizer.json lists, each with its name and id."""
+    added = spec.get("added_tokens") or []
+    for token in added if isinstance(added, list) else [added]:
+        fine = isinstance(token, Mapping) and isinstance(token.get("content"), str) and isinstance(token.get("id"), int)
+        if not fine:
+            raise DataError(f"{place}: added_tokens holds {token!r}; expected objects with content and id")
+    return [dict(token) for token in added]
 
 
 def _model_of(spec: Mapping[str, Any], place: str) -> Mapping[str, Any]:

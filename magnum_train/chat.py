@@ -4,6 +4,7 @@ Owns the conversation at the terminal, its commands, and how a reply's ids becom
 """
 
 import contextlib
+import difflib
 import importlib
 import io
 import json
@@ -80,8 +81,9 @@ def read_prompts(path: str, limit: int | None, key: str) -> list[Prompt]:
             continue
         try:
             row = json.loads(line)
-            if strange := row.keys() - {"prompt", "system"}:
-                raise ConfigError(f"{file}, line {number}", f"a field {min(strange)!r}", "prompt, and system or none")
+            for name in row.keys() - {"prompt", "system"}:  # others are their writer's own, a typo is a lost message
+                if meant := difflib.get_close_matches(name, ("prompt", "system")):
+                    raise ConfigError(f"{file}, line {number}", f"a field {name!r}", f"{meant[0]!r}")
             prompt = Prompt(row["prompt"], row.get("system"))
             prompt.messages()  # refuses what is no text
         except ConfigError:

@@ -210,19 +210,9 @@ def read_weight(folder: Path, name: str, shape: tuple[int, ...], dtype: torch.dt
 def _read(folder: Path, whole: dict[str, Any], expected: str, remedy: str = "", *, alone: bool = False) -> None:
     """Fill the tensors of a state from a checkpoint, in place; together with the other ranks, or alone."""
     try:
-        there = _Reader(folder).read_metadata().state_dict_metadata
-        for name, tensor in whole["model"].items():  # what is no tensor there would be put in the tensor's place
-            found = there.get(f"model.{name}")
-            if not isinstance(found, TensorStorageMetadata):
-                raise CheckpointError(str(folder), f"no tensor {name}", expected, remedy)
-            if found.size != tensor.shape:
-                shapes = f"{name} of shape {list(found.size)}", f"{list(tensor.shape)}, as in {expected}"
-                raise CheckpointError(str(folder), *shapes, remedy)
         with warnings.catch_warnings():  # torch remarks that there is no process group; there is to be none
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp_load(whole, storage_reader=_Reader(folder), planner=_Planner(), no_dist=alone)
-    except CheckpointError:
-        raise
     except (Exception, CheckpointException) as error:  # each rank's own error, wrapped in one that is no Exception
         raise CheckpointError(str(folder), _reason(error), expected, remedy) from error
 
@@ -235,7 +225,24 @@ def _reason(error: BaseException) -> str:
 
 
 class _Planner(DefaultLoadPlanner):
-    """Takes plain values, such as the optimizer's groups, and nothing that could be called to an effect."""
+    """Takes tensors for tensors and plain values for the rest, such as the optimizer's groups; nothing that could act.
+
+    It checks where torch gathers every rank's failure, so that what fails on one ends all with its reason.
+    """
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        super().set_up_planner(state_dict, metadata, is_coordinator)
+        there = metadata.state_dict_metadata if metadata is not None else {}
+        for name, value in self.state_dict.items():
+            if not isinstance(value, Tensor):
+                continue
+            found, short = there.get(name), name.removeprefix("model.")
+            if not isinstance(found, TensorStorageMetadata):  # an object would be put in the tensor's place
+                raise ValueError(f"no tensor {short}")
+            if found.size != value.shape:
+                raise ValueError(f"{short} of shape {list(found.size)}, not {list(value.shape)}")
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         torch.load(value, weights_only=True)  # refuses all else; what follows would not

@@ -34,8 +34,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data import DataError
 from data.sources import SourceConfig
-from magnum_train.distributed import HostError, launch
-from magnum_train.errors import ConfigError, UserError
+from magnum_train.distributed import ElsewhereError, HostError, launch
+from magnum_train.errors import CheckpointError, ConfigError, UserError
 from model import TransformerConfig
 
 Schema = TypeVar("Schema")
@@ -629,7 +629,7 @@ def _quoted(word: str) -> str:
     """An override whose value is free text, in Hydra's quotes; any other word unchanged.
 
     A text is literal, whatever it holds. A path that is quoted already is left as it is, null means none, and in a
-    setting of training a comma makes a sweep.
+    setting of training ${…} is Hydra's and a comma makes a sweep.
     """
     key, equals, text = word.partition("=")
     name = key.lstrip("+")
@@ -638,7 +638,8 @@ def _quoted(word: str) -> str:
     quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
     if name in _PATHS and (quoted or text in ("", "null") or ("." in name and "," in text)):
         return word
-    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # for OmegaConf: no interpolation; backslashes count only before one
+    if "." not in name:  # for OmegaConf: no interpolation; backslashes count only before one
+        text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
     text = re.sub(r"(\\*)'", r"\1\1\'", text)  # for Hydra: backslashes count only before a quote
     text = re.sub(r"(\\+)\Z", r"\1\1", text)
     return f"{key}='{text}'"
@@ -698,7 +699,8 @@ def help_text(program: str, schema: type) -> str:
     if schema is TrainConfig:
         choices = {group: sorted(file.stem for file in (CONF / group).glob("*.yaml")) for group in _GROUPS}
         lines += [f"  {group}={'|'.join(names)}" for group, names in choices.items()]
-        lines += ["      Files of settings in conf/; single ones on the command line win over them.", ""]
+        lines.append("      Files of settings in conf/, model=tiny and data=shipped where none is named.")
+        lines += ["      They win over the defaults below, and the command line wins over them.", ""]
         end = ["", "--cfg job prints the settings as composed; --multirun sweeps over values between commas."]
     return "\n".join([*lines, *_described(schema), *end])
 
@@ -715,7 +717,8 @@ def verb(run: Callable[[Schema], None], schema: type[Schema], config_name: str) 
     """
     if {"-h", "--help"} & set(sys.argv[1:]):
         if launch().rank == 0:
-            print(help_text(run.__globals__["__spec__"].name, schema))
+            spec = run.__globals__["__spec__"]  # None where the file itself was started
+            print(help_text(spec.name if spec else f"magnum_train.{Path(sys.argv[0]).stem}", schema))
         return
     register()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors to us instead of printing them its own way
@@ -754,7 +757,7 @@ def _end(error: BaseException, schema: type) -> None:
     if known is None:
         traceback.print_exception(error)
         raise SystemExit(1) from None
-    if launch().rank == 0 or isinstance(known, HostError):
+    if not isinstance(known, ElsewhereError) and (launch().rank == 0 or isinstance(known, HostError)):
         print(f"error: {known}", file=sys.stderr, flush=True)
     else:
         time.sleep(3)  # torchrun ends all ranks when the first one exits: let it be the one that speaks
@@ -780,8 +783,17 @@ def to_yaml(config: Any) -> str:
 
 
 def from_yaml(path: Path) -> TrainConfig:
-    """A run's recorded configuration; settings that have since been added take their defaults."""
-    return _frozen(TrainConfig, OmegaConf.merge(OmegaConf.structured(_composable(TrainConfig)), OmegaConf.load(path)))
+    """A run's recorded configuration; settings that have since been added take their defaults.
+
+    Raises:
+        CheckpointError: It cannot be read as one.
+    """
+    try:
+        read = OmegaConf.load(path)
+        return _frozen(TrainConfig, OmegaConf.merge(OmegaConf.structured(_composable(TrainConfig)), read))
+    except Exception as error:  # whatever a file can hold; YAML's own errors have no base that OmegaConf names
+        said = str(error).strip().splitlines()
+        raise CheckpointError(str(path), said[0] if said else type(error).__name__, "a run's settings") from error
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:

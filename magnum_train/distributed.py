@@ -146,11 +146,11 @@ class Ranks:
         Raises:
             ElsewhereError: On all ranks but the one that speaks, where the task raised anywhere.
         """
-        failure: ValueError | OSError | None = None
+        failure: BaseException | None = None
         result: list[Result] = []
         try:
             result.append(task())
-        except (ValueError, OSError) as error:
+        except BaseException as error:  # whatever it is, the others must not wait for this rank
             failure = error
         self.store.set(f"{name}/rank {self.rank}", "-" if failure else "+")
         failed = []

@@ -32,7 +32,7 @@ class Mended:
     """What was found in one matrix, and what was done.
 
     Args:
-        ordinary: Rows of ordinary text that are trained.
+        ordinary: Rows of ordinary text that are not zero.
         measured: Rows that no text yields: control tokens', and those beyond the vocabulary.
         median: Median norm of the ordinary rows.
         low: Below this norm a ChatML row counts as untrained.
@@ -91,7 +91,7 @@ def mend(model: Transformer, tokenizer: Tokenizer, seed: int, *, new_chatml: boo
     control tokens are spared that second test: the row of `<s>` may well be unlike all others, and is trained. So are
     ChatML tokens that came with the weights: a row that a first stage of training began at the mean is short as well.
 
-    The new value is the mean of the ordinary rows that are trained, in float64, plus normal noise of `NOISE` times
+    The new value is the mean of the ordinary rows that are not zero, in float64, plus normal noise of `NOISE` times
     their root mean square, from a generator seeded by the run's seed, the matrix and the id: the same whatever the
     number of ranks. Rows beyond the tokenizer's vocabulary are treated as other control tokens.
 

@@ -67,6 +67,8 @@ def whole_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             row = json.loads(line)
         except json.JSONDecodeError:
             return  # only the last line can be torn, since rows are appended whole and in order
+        if not isinstance(row, dict):
+            return
         yield line if line.endswith("\n") else line + "\n", row
 
 

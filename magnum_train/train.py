@@ -248,13 +248,14 @@ def load_start(
     terminal: metrics.Terminal,
 ) -> None:
     """Fill a new run's model from weights, and set the rows of control tokens that were never trained."""
+    new_chatml = not start.had_chatml(tokenizer, settings.tokenizer.path)
     begin = time.perf_counter()
     if start.hf is None:  # read with collectives: what fails on one rank fails on all
         start.fill(model)
     else:
         ranks.together("load weights", lambda: start.fill(model, new_rows=settings.tokenizer.append))
     terminal.say(f"weights from {start.name} in {time.perf_counter() - begin:.1f} s")
-    rows = mend(model, tokenizer, settings.seed, new_chatml=not start.had_chatml(tokenizer))
+    rows = mend(model, tokenizer, settings.seed, new_chatml=new_chatml)
     terminal.say(summary(rows, tokenizer))
     if settings.data.pack_tokens > start.max_positions:
         terminal.say(

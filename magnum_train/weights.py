@@ -94,10 +94,19 @@ class Weights:
         norm = self.read("norm.weight", torch.float32).numpy().tobytes()
         return hashlib.sha256(repr(self.config).encode() + norm).hexdigest()
 
-    def had_chatml(self, tokenizer: Tokenizer) -> bool:
-        """Whether their own vocabulary names both ChatML tokens under these ids, so that somebody trained them."""
-        ids = tokenizer.im_start_id, tokenizer.im_end_id
-        return self.hf is None or named_chatml(self.vocabulary) == ids
+    def had_chatml(self, tokenizer: Tokenizer, path: str | None) -> bool:
+        """Whether both ChatML tokens bore these ids before this run, so that somebody trained them.
+
+        Args:
+            tokenizer: The run's.
+            path: Its file where one is set; asked where no vocabulary lies beside the weights.
+
+        Raises:
+            DataError: The vocabulary is not one.
+        """
+        places = [self.vocabulary, *([Path(path).expanduser()] if path else [])]
+        named = next((ids for place in places if (ids := named_chatml(place)) is not None), None)
+        return named == (tokenizer.im_start_id, tokenizer.im_end_id)
 
 
 def find(weights: str, key: str) -> Weights:
@@ -113,7 +122,10 @@ def find(weights: str, key: str) -> Weights:
     if not weights.strip():
         raise CheckpointError(key, "nothing", "a run, a folder or a hub name")
     weights = str(Path(weights).expanduser()) if weights.startswith("~") else weights
-    run = _as_run(weights)
+    try:
+        run = _as_run(weights)
+    except OSError as error:
+        raise CheckpointError(key, f"{weights[:80]}: {error.strerror}", "a run, a folder or a hub name") from error
     if run is not None:
         run_dir, asked = run
         step = _step(run_dir, asked, key)
@@ -184,7 +196,7 @@ def fetch(weights: str, key: str, *, tokenizer_alone: bool = False) -> tuple[Pat
         return path, weights
     match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", weights)
     expected = "a run's folder, one with config.json and safetensors, or the hub's OWNER/NAME"
-    if match is None or Path(path.parts[0]).exists():  # a typo in a path of this machine is nobody's model
+    if match is None or _holds_runs(Path(path.parts[0])):  # a typo in a run's name is nobody's model
         raise CheckpointError(key, f"{weights}, a file" if path.is_file() else f"no folder {weights}", expected)
     from huggingface_hub import snapshot_download  # slow to import
 
@@ -200,6 +212,11 @@ def fetch(weights: str, key: str, *, tokenizer_alone: bool = False) -> tuple[Pat
     return folder, f"{match[1]}@{folder.name}"
 
 
+def _holds_runs(folder: Path) -> bool:
+    """Whether runs lie in a folder."""
+    return folder.is_dir() and any((entry / "config.yaml").is_file() for entry in folder.iterdir())
+
+
 def open_tokenizer(settings: TokenizerConfig | TokenizerFileConfig, beside: Path | None) -> Tokenizer:
     """The tokenizer that is set, or the one beside the weights.
 
@@ -210,7 +227,7 @@ def open_tokenizer(settings: TokenizerConfig | TokenizerFileConfig, beside: Path
     Raises:
         DataError: There is none, or it has no ChatML control tokens and no slots were named.
     """
-    path = settings.path or beside
+    path = Path(settings.path).expanduser() if settings.path else beside
     assert path is not None
     append = isinstance(settings, TokenizerConfig) and settings.append
     return Tokenizer.from_file(
@@ -232,7 +249,8 @@ def vocabulary(settings: TrainConfig, recorded: Path | None, beside: Path | None
     """
     own = recorded / "tokenizer.json" if recorded is not None else None
     path, weights = settings.tokenizer.path, settings.model.weights
-    if own is not None and own.is_file() and (not Path(path).exists() if path is not None else weights is not None):
+    origin_is_read = (path is None and weights is None) or (path is not None and Path(path).expanduser().exists())
+    if own is not None and own.is_file() and not origin_is_read:
         return Tokenizer.from_file(own)
     if path is not None or beside is not None:
         return open_tokenizer(settings.tokenizer, beside)
@@ -316,7 +334,18 @@ def origin_text(found: Weights, rows: Mapping[str, Any]) -> str:
 
 
 def read_origin(run_dir: Path) -> dict[str, Any]:
-    """What `origin_text` recorded; empty for a run that began from random weights."""
+    """What `origin_text` recorded; empty for a run that began from random weights.
+
+    Raises:
+        CheckpointError: The file is there and cannot be read.
+    """
     file = run_dir / ORIGIN
-    record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(str(file), str(error), "what the run began from") from error
+    if not isinstance(record, dict):
+        raise CheckpointError(str(file), type(record).__name__, "what the run began from, an object")
     return record

@@ -418,6 +418,74 @@ def test_what_fails_on_one_rank_alone_ends_all_and_is_told_from_there(tmp_path: 
     assert "a disk that fails" in said[1]
 
 
+def metadata_fails(line: list[str], kind: str) -> str:
+    """Train, where rank 1 alone cannot read the description of the run's checkpoint; what this rank says."""
+    real = checkpoint._Reader.read_metadata
+
+    def failing(self: Any, *arguments: Any, **options: Any) -> Any:
+        if os.environ["RANK"] == "1":
+            raise OSError(5, "a disk that fails")
+        return real(self, *arguments, **options)
+
+    checkpoint._Reader.read_metadata = failing  # type: ignore[method-assign]
+    return refused(line)
+
+
+@pytest.mark.parametrize("kind", ["second stage", "resume"])
+def test_a_checkpoint_that_one_rank_cannot_read_ends_all_with_its_reason(kind: str, tmp_path: Path) -> None:
+    write_base(tmp_path / "base")
+    line = line_from(tmp_path, tmp_path / "base", *SLOTS, "train.max_steps=1")
+    run_ranks(go, 2, line)
+    again = [*line, "train.max_steps=2"]
+    if kind == "second stage":
+        again = line_from(tmp_path, tmp_path / "run", f"run_dir={tmp_path / 'second'}")
+    for said in run_ranks(metadata_fails, 2, again, kind):
+        assert "a disk that fails" in said
+        assert "step-00000001" in said
+
+
+def surprised(line: list[str]) -> str:
+    """Train, where rank 1 meets what nobody foresaw while it loads."""
+    from model import hf
+
+    def failing(*_: Any) -> None:
+        raise RuntimeError("no memory for it")
+
+    if os.environ["RANK"] == "1":
+        hf.HFFolder.copy_to = failing  # type: ignore[assignment, method-assign]
+    try:
+        train.train(compose(line))
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__} {error}"
+    return ""
+
+
+def test_nobody_waits_for_a_rank_that_met_what_nobody_foresaw(tmp_path: Path) -> None:
+    write_base(tmp_path / "base")
+    said = run_ranks(surprised, 2, line_from(tmp_path, tmp_path / "base", *SLOTS), timeout=60)
+    assert said[0].startswith("ElsewhereError")
+    assert said[1] == "RuntimeError no memory for it"
+
+
+@pytest.mark.parametrize("place", ["beside", "elsewhere", "nowhere"])
+def test_trained_chatml_rows_are_known_by_the_vocabulary_wherever_it_lies(place: str, tmp_path: Path) -> None:
+    write_base(tmp_path / "base")
+    line = line_from(tmp_path, tmp_path / "base", *SLOTS, "train.max_steps=2", "train.export_at_end=true")
+    run_ranks(go, 1, line)
+    out = tmp_path / "run" / "exports" / "step-00000002"
+    more = [] if place == "beside" else [f"tokenizer.path={tmp_path / 'kept' / 'tokenizer.json'}"]
+    if more:
+        (tmp_path / "kept").mkdir()
+        source = out if place == "elsewhere" else tmp_path / "base"
+        shutil.copy(source / "tokenizer.json", tmp_path / "kept")
+        (out / "tokenizer.json").unlink()
+    if place == "nowhere":  # the vocabulary in use does not name them, so they are given now
+        more += SLOTS
+    run_ranks(go, 1, line_from(tmp_path, out, *more, "train.max_steps=1", f"run_dir={tmp_path / 'second'}"))
+    mended_rows = read_origin(tmp_path / "second")["control_rows"]["tok_embeddings"]["mended"]
+    assert bool(mended_rows) == (place == "nowhere")
+
+
 def damaged(folder: Path, kind: str) -> None:
     """Harm a run's checkpoint in one of the ways in which disks, people and strangers do."""
     shard = folder / "__0_0.distcp"
@@ -432,6 +500,10 @@ def damaged(folder: Path, kind: str) -> None:
         (folder / ".metadata").unlink()
     elif kind == "another version":
         (folder / "state.json").write_text((folder / "state.json").read_text().replace('"format": 1', '"format": 9'))
+    elif kind == "torn settings":
+        (folder.parents[1] / "config.yaml").write_text("foo: [1")
+    elif kind == "torn origin":
+        (folder.parents[1] / "weights.json").write_text("{")
     elif kind == "evil metadata":
         (folder / ".metadata").write_bytes(pickle.dumps(Evil()))
     else:  # an object where a tensor should be
@@ -461,6 +533,8 @@ class Evil:
         ("no metadata", ".metadata"),
         ("another version", "format 9"),
         ("evil metadata", "posix.system, which is no part of a checkpoint"),
+        ("torn settings", "config.yaml"),
+        ("torn origin", "weights.json"),
         ("evil entry", "no tensor norm.weight"),
     ],
 )
@@ -477,8 +551,9 @@ def test_a_damaged_or_hostile_run_is_refused_and_runs_nothing(
     assert str(tmp_path / "run") in str(caught.value)
     assert said in str(caught.value)
     assert not (tmp_path / "out").exists()
-    for message in run_ranks(refused, 2, [*line, "train.max_steps=2"]):
-        assert message
+    if kind != "torn origin":  # which a run that goes on does not read
+        for message in run_ranks(refused, 2, [*line, "train.max_steps=2"]):
+            assert message
     assert "executed" not in capfd.readouterr().out
 
 

@@ -221,6 +221,7 @@ def test_a_word_that_is_no_setting_is_answered_in_plain_words(word: str) -> None
 def test_a_path_of_training_may_hold_what_a_shell_can_pass() -> None:
     assert compose(["model.weights=runs/a b (c)=d@5"]).model.weights == "runs/a b (c)=d@5"
     assert compose(["model.weights=null"]).model.weights is None
+    assert compose(["model.weights=${run_dir}/x", "run_dir=runs/a"]).model.weights == "runs/a/x"
 
 
 def test_a_default_folder_can_be_typed_back_as_weights() -> None:

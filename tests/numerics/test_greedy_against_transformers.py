@@ -2,14 +2,10 @@
 
 import pytest
 import torch
-from transformers import MistralConfig, MistralForCausalLM
+from twins import transformers_twin
 
-from model.config import parameter_shapes
 from model.generate import Past, generate, generate_batch
-from model.hf import config_to_hf, hf_name
-from models import TINY, tiny_model, tiny_pack
-
-OURS = {hf_name(name): name for name in parameter_shapes(TINY)}
+from models import tiny_model, tiny_pack
 
 NEW = 40
 PROMPTS = [tiny_pack([n], seed=n)["tokens"].tolist() for n in (11, 1, 30, 5)]
@@ -22,11 +18,7 @@ def ours():
 
 @pytest.fixture(scope="module")
 def theirs(ours):
-    config = MistralConfig(**config_to_hf(TINY, torch.float32), attn_implementation="eager")
-    model = MistralForCausalLM(config).eval()
-    weights = dict(ours.named_parameters())
-    model.load_state_dict({name: weights[OURS[name]] for name in model.state_dict()})
-    return model
+    return transformers_twin(ours)
 
 
 def their_reply(theirs, prompt, **settings):

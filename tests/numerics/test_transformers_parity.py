@@ -3,13 +3,9 @@
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import MistralConfig, MistralForCausalLM
+from twins import OURS, transformers_twin
 
-from model.config import parameter_shapes
-from model.hf import config_to_hf, hf_name
 from models import TINY, assert_all_close, assert_close, gradients, tiny_model, tiny_pack, without_labels
-
-OURS = {hf_name(name): name for name in parameter_shapes(TINY)}
 
 TOLERANCE = 1e-5  # float32, some 100 roundings deep
 
@@ -21,11 +17,7 @@ def ours():
 
 @pytest.fixture(scope="module")
 def theirs(ours):
-    config = MistralConfig(**config_to_hf(TINY, torch.float32), attn_implementation="eager")
-    model = MistralForCausalLM(config).eval()
-    weights = dict(ours.named_parameters())
-    model.load_state_dict({name: weights[OURS[name]] for name in model.state_dict()})
-    return model
+    return transformers_twin(ours)
 
 
 def test_configuration_keeps_nemos_peculiarity():

@@ -212,7 +212,8 @@ def _read(folder: Path, whole: dict[str, Any], expected: str, remedy: str = "", 
     try:
         with warnings.catch_warnings():  # torch remarks that there is no process group; there is to be none
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp_load(whole, storage_reader=_Reader(folder), planner=_Planner(), no_dist=alone)
+            reader = _Reader(folder)
+            dcp_load(whole, storage_reader=reader, planner=_Planner(reader), no_dist=alone)
     except (Exception, CheckpointException) as error:  # each rank's own error, wrapped in one that is no Exception
         raise CheckpointError(str(folder), _reason(error), expected, remedy) from error
 
@@ -230,9 +231,15 @@ class _Planner(DefaultLoadPlanner):
     It checks where torch gathers every rank's failure, so that what fails on one ends all with its reason.
     """
 
+    def __init__(self, reader: "_Reader") -> None:
+        super().__init__()
+        self._reader = reader
+
     def set_up_planner(
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
     ) -> None:
+        if self._reader.failure is not None:
+            raise ValueError(self._reader.failure)
         super().set_up_planner(state_dict, metadata, is_coordinator)
         there = metadata.state_dict_metadata if metadata is not None else {}
         for name, value in self.state_dict.items():
@@ -254,11 +261,20 @@ class _Reader(FileSystemReader):
     """Reads a checkpoint whose metadata, a pickle, may name only what checkpoints are made of.
 
     A run is passed on like any other weights, and opening one must not run what its sender put there.
+
+    Attributes:
+        failure: Why the metadata could not be read, for the planner to say: torch 2.11 drops an error raised here.
     """
 
+    failure: str | None = None
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with self.fs.create_stream(Path(self.path) / ".metadata", "rb") as file:
-            found: Metadata = _MetadataUnpickler(file).load()
+        found = Metadata({})
+        try:
+            with self.fs.create_stream(Path(self.path) / ".metadata", "rb") as file:
+                found = _MetadataUnpickler(file).load()
+        except Exception as error:  # whatever a damaged pickle may raise
+            self.failure = str(error) or type(error).__name__
         found.storage_meta = found.storage_meta or StorageMeta()
         found.storage_meta.load_id = self.load_id
         return found

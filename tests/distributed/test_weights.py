@@ -420,14 +420,14 @@ def test_what_fails_on_one_rank_alone_ends_all_and_is_told_from_there(tmp_path: 
 
 def metadata_fails(line: list[str], kind: str) -> str:
     """Train, where rank 1 alone cannot read the description of the run's checkpoint; what this rank says."""
-    real = checkpoint._Reader.read_metadata
+    real = checkpoint._MetadataUnpickler.load
 
-    def failing(self: Any, *arguments: Any, **options: Any) -> Any:
+    def failing(self: Any) -> Any:
         if os.environ["RANK"] == "1":
             raise OSError(5, "a disk that fails")
-        return real(self, *arguments, **options)
+        return real(self)
 
-    checkpoint._Reader.read_metadata = failing  # type: ignore[method-assign]
+    checkpoint._MetadataUnpickler.load = failing  # type: ignore[method-assign]
     return refused(line)
 
 

@@ -1,29 +1,54 @@
 """Where rows come from: one source's settings, its files, and the rows in them with their numbers.
 
-Owns paths, file formats and the choice of rows. Knows what a row looks like only as an object (its meaning is
-`conversation.py`'s), no tokens and no configuration system: `SourceConfig` is a plain dataclass of plain
-types.
+Owns paths, hub names and the choice of rows. Knows what a row looks like only as an object (its meaning is
+`conversation.py`'s), no tokens and no configuration system: `SourceConfig` is a plain dataclass of plain types.
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data.conversation import FORMS, LARGEST_WEIGHT
+from data.conversation import LARGEST_WEIGHT, ROLES, check_reading
 from data.errors import DataError
+from data.json_rows import Row, count_json_rows, json_rows
 
 _SHIPPED = "shipped:"
 _SHIPPED_FOLDER = Path(__file__).parent / "shipped"
 _FILE_KINDS = (".json", ".jsonl", ".parquet")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_HEAD_BYTES = 1 << 20
+LARGEST_REPEAT = 1000
+
+
+@dataclass(frozen=True)
+class FilterConfig:
+    """Which of a source's conversations are kept; what is unset keeps all."""
+
+    min_turns: int | None = None
+    """Fewest messages, system messages not counted."""
+    max_turns: int | None = None
+    """Most messages, system messages not counted."""
+    min_tokens: int | None = None
+    """Fewest tokens of the whole encoded conversation."""
+    max_tokens: int | None = None
+    """Most tokens of the whole encoded conversation; unlike data.max_tokens it is no loss, but a choice."""
+    exclude: list[str] = field(default_factory=list)
+    """Regular expressions (Python's, found anywhere, letter case ignored) for refusals and boilerplate; a conversation
+    with a match is left out."""
+    exclude_in: list[str] = field(default_factory=lambda: ["assistant"])
+    """Roles whose messages `exclude` looks at."""
+    require_roles: list[str] = field(default_factory=list)
+    """Roles of which there must be at least one message that is not blank."""
+    predicate: str | None = None
+    """A function of one's own by dotted name (package.module.function): gets the `Conversation`, returns whether it is
+    kept. Its file is part of what the prepared data is known by."""
 
 
 @dataclass(frozen=True)
@@ -31,25 +56,38 @@ class SourceConfig:
     """One source of conversations; `data.sources` maps a name to each."""
 
     path: str
-    """A .json, .jsonl or .parquet file, `shipped:NAME.jsonl` for conversations that come with the package, or
-    a data set on the hub (`owner/name`)."""
+    """A .json, .jsonl or .parquet file, `shipped:NAME.jsonl` for conversations that come with the package, or a data
+    set on the hub (`owner/name`)."""
     form: str = "auto"
-    """Form of the rows: sharegpt, messages or alpaca; auto tells each row by its columns."""
+    """Form of the rows: sharegpt, messages, alpaca, or text for prose; auto tells each row by its columns. Or a
+    function of one's own by dotted name (package.module.function): gets the row, returns a `Conversation` or a row of
+    these forms."""
+    fields: dict[str, str] = field(default_factory=dict)
+    """Names of fields where they are not the usual ones: standard name to the rows' name, as conversations: dialog."""
+    roles: dict[str, str] = field(default_factory=dict)
+    """Names of roles beside the known ones: the rows' name to system, user, assistant or tool."""
+    default_system: str | None = None
+    """System message of conversations without one; unset takes data.default_system, and "" means none."""
     split: str = "train"
     """Split of a hub data set; files have none."""
     revision: str | None = None
     """Commit, tag or branch of a hub data set; unset means the newest, recorded by its commit."""
+    missing: str = "error"
+    """What happens where the file or data set is not there: error, or skip, which the ledger shows. A hub that cannot
+    be reached is an error in both cases."""
     rows: int | None = None
-    """Number of rows to draw, by the seed; unset takes all. A larger number keeps those that a smaller one
-    drew."""
+    """Most rows to take, drawn by the seed; unset takes all. A larger number keeps those that a smaller one drew."""
+    repeat: float = 1.0
+    """How often each of its conversations is seen in an epoch: 2 is twice, 0.5 every second epoch. When streaming, its
+    share in the mixture: rows are taken from the sources in these proportions, and a source that ends begins anew."""
+    filter: FilterConfig = field(default_factory=FilterConfig)
     loss_weight: float = 1.0
-    """Factor on the loss of each of its conversations, above 0, for a mixture by weight instead of by
-    number."""
+    """Factor on the loss of each of its conversations, above 0, for a mixture by weight instead of by number."""
     validation_path: str | None = None
     """A second file (or hub data set, same split) whose rows are all for validation."""
     validation_share: float = 0.0
-    """Share of rows kept for validation, from 0 to below 1. Picked by content, so that a row stays on its
-    side whatever is added, and equal conversations are never on both."""
+    """Share of rows kept for validation, from 0 to below 1. Picked by content, so that a row stays on its side whatever
+    is added, and equal conversations are never on both."""
 
 
 def check(name: str, config: SourceConfig) -> None:
@@ -62,24 +100,39 @@ def check(name: str, config: SourceConfig) -> None:
     Raises:
         DataError: naming the configuration key, what was found and what is expected.
     """
+    key = f"data.sources.{name}"
 
-    def refuse(field: str, expected: str) -> None:
-        found = getattr(config, field)
-        raise DataError(f"data.sources.{name}.{field} is {found!r}; expected {expected}")
+    def refuse(field: str, found: object, expected: str) -> None:
+        raise DataError(f"{key}.{field} is {found!r}; expected {expected}")
 
-    if config.form not in FORMS:
-        refuse("form", f"one of {', '.join(FORMS)}")
+    check_reading(config.form, config.fields, config.roles, key)
+    if config.missing not in ("error", "skip"):
+        refuse("missing", config.missing, "error or skip")
     if config.rows is not None and config.rows < 1:
-        refuse("rows", f"at least 1; leave it unset for all, or remove the source with ~data.sources.{name}")
+        refuse("rows", config.rows, f"at least 1; leave it unset for all, or remove the source with ~{key}")
+    if not 1 / LARGEST_REPEAT <= config.repeat <= LARGEST_REPEAT:
+        refuse("repeat", config.repeat, f"from 0.001 to {LARGEST_REPEAT}; to leave the source out, ~{key}")
     if not 0 < config.loss_weight <= LARGEST_WEIGHT:
-        refuse(
-            "loss_weight",
-            f"above 0, to {LARGEST_WEIGHT:,}; to leave the source out, ~data.sources.{name}",
-        )
+        refuse("loss_weight", config.loss_weight, f"above 0, to {LARGEST_WEIGHT:,}; to leave the source out, ~{key}")
     if not 0 <= config.validation_share < 1:
-        refuse("validation_share", "a share from 0 to below 1")
+        refuse("validation_share", config.validation_share, "a share from 0 to below 1")
     if config.validation_path is not None and config.validation_share:
-        refuse("validation_share", "0 where validation_path is set")
+        refuse("validation_share", config.validation_share, "0 where validation_path is set")
+    chosen = config.filter
+    for unit in ("turns", "tokens"):
+        least, most = getattr(chosen, f"min_{unit}"), getattr(chosen, f"max_{unit}")
+        if least is not None and least < 1:
+            refuse(f"filter.min_{unit}", least, "at least 1; leave it unset for no limit")
+        if most is not None and most < (least or 1):
+            refuse(f"filter.max_{unit}", most, f"at least {least or 1}; leave it unset for no limit")
+    for name_of in ("exclude_in", "require_roles"):
+        if unknown := [role for role in getattr(chosen, name_of) if role not in ROLES]:
+            refuse(f"filter.{name_of}", unknown[0], f"roles among {', '.join(ROLES)}")
+    for pattern in chosen.exclude:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            refuse("filter.exclude", pattern, f"a regular expression ({error})")
 
 
 @dataclass(frozen=True)
@@ -149,10 +202,11 @@ def fingerprint(origin: Origin) -> str | None:
         origin: where rows would be read from.
 
     Returns:
-        The fingerprint, or None where the file is not there or the hub cannot be reached.
+        The fingerprint, or None where there is no such file or no such data set that this account may read.
 
     Raises:
         DataError: the file is there but may not be read.
+        ConnectionError: the hub cannot be reached, so that nobody knows.
     """
     if origin.file is not None:
         if not origin.file.is_file():
@@ -168,34 +222,89 @@ def fingerprint(origin: Origin) -> str | None:
 
     try:
         return str(datasets.load_dataset_builder(origin.path, revision=origin.revision).hash)
-    except (OSError, ValueError):
-        return None  # absent, private, misspelt or offline: the caller may have a set prepared from it
+    except FileNotFoundError:
+        return None  # absent, private or misspelt: `datasets` has one error for them
+    except (OSError, ValueError) as error:
+        raise ConnectionError(f"{type(error).__name__}: {error}") from error
 
 
-def rows_of(origin: Origin, commit: str | None = None) -> Iterator[tuple[int, Any]]:
+def head_print(origin: Origin) -> str | None:
+    """What tells a source that is streamed from others: size and beginning of a file, the commit of a hub data set.
+
+    All of it is not read, since it may be too large to be read twice.
+    """
+    if origin.file is None or not origin.file.is_file():
+        return fingerprint(origin)
+    with origin.file.open("rb") as stream:
+        head = hashlib.sha256(stream.read(_HEAD_BYTES)).hexdigest()
+    return f"{origin.file.stat().st_size} bytes, {head}"
+
+
+def rows_of(
+    origin: Origin, commit: str | None = None, after: tuple[int, int] = (0, 0), *, streaming: bool = False
+) -> Iterator[Row]:
     """Read rows one by one.
-
-    JSON is read by the standard library, not by `datasets`, whose reader turns texts that look like dates
-    into dates and fails without a line number; Parquet and the hub go through `datasets`.
 
     Args:
         origin: where from.
         commit: commit of a hub data set, from `fingerprint`, so that all passes read the same.
+        after: number and end of the row after which to begin.
+        streaming: a hub data set is read over the network as it is used, and not downloaded first.
 
     Yields:
-        Number (in a JSON Lines file the line, else the row, from 1) and the row: any JSON value.
+        The rows; numbered by line in a JSON Lines file.
 
     Raises:
         DataError: the file is absent, not UTF-8, not JSON (with line and column), or cannot be read.
     """
+    if _through(origin):
+        yield from _through_datasets(origin, commit, after[0], streaming)
+    else:
+        assert origin.file is not None
+        yield from json_rows(origin.file, origin.key, *after)
+
+
+def count_rows(origin: Origin, commit: str | None = None) -> int:
+    """Number of rows that `rows_of` gives."""
+    if _through(origin):
+        return sum(1 for _ in _through_datasets(origin, commit, 0, False))
+    assert origin.file is not None
+    return count_json_rows(origin.file, origin.key)
+
+
+def size(origin: Origin) -> int | None:
+    """What `Row.end` goes up to, for a progress bar; None where nobody knows before the end."""
+    return None if _through(origin) or origin.file is None else origin.file.stat().st_size
+
+
+def _through(origin: Origin) -> bool:
+    """Whether `datasets` reads it: Parquet and the hub."""
     if origin.file is not None and not origin.file.is_file():
         raise DataError(f"{origin.key}: no such file: {origin.path} (looked for {origin.file.absolute()})")
-    if origin.file is None or origin.file.suffix.lower() == ".parquet":
-        yield from _through_datasets(origin, commit)
-    elif origin.file.suffix.lower() == ".json" and _first_character(origin.file) == b"[":
-        yield from _json_list(origin)
+    return origin.file is None or origin.file.suffix.lower() == ".parquet"
+
+
+def _through_datasets(origin: Origin, commit: str | None, skip: int, streaming: bool) -> Iterator[Row]:
+    import datasets  # 1.4 seconds, only where it is needed
+
+    if origin.file is not None:
+        arguments: dict[str, Any] = {"path": "parquet", "data_files": str(origin.file), "split": "train"}
+        arguments["streaming"] = True  # read in place: no copy of the file in a cache
     else:
-        yield from _json_lines(origin)
+        revision = commit or origin.revision
+        arguments = {"path": origin.path, "split": origin.split, "revision": revision}
+        if streaming:
+            arguments["streaming"] = True
+    try:
+        rows = datasets.load_dataset(**arguments)
+        for number, value in enumerate(rows.skip(skip) if skip else rows, skip + 1):
+            yield Row(number, value, number)
+    except Exception as error:  # every reader behind `datasets` has errors of its own
+        what = f"{origin.path} (split {origin.split})" if origin.file is None else str(origin.file)
+        raise DataError(
+            f"{origin.key}: {what} cannot be read: {type(error).__name__}: {error}; expected a data set of "
+            "conversations: check name, split, revision and access"
+        ) from error
 
 
 def draw(total: int, rows: int, seed: int, source: str) -> NDArray[np.bool_]:
@@ -214,72 +323,3 @@ def draw(total: int, rows: int, seed: int, source: str) -> NDArray[np.bool_]:
     chosen = np.zeros(total, dtype=np.bool_)
     chosen[np.random.default_rng([seed, name]).permutation(total)[:rows]] = True
     return chosen
-
-
-def _first_character(file: Path) -> bytes:
-    with file.open("rb") as stream:
-        return stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-
-
-def _json_lines(origin: Origin) -> Iterator[tuple[int, Any]]:
-    assert origin.file is not None
-    offset = 0
-    with origin.file.open("rb") as stream:
-        for number, raw in enumerate(stream, 1):
-            text = _decoded(origin, raw, number, offset).rstrip("\r\n")
-            offset += len(raw)
-            if text.strip():
-                yield number, _json(origin, text, number)
-
-
-def _json_list(origin: Origin) -> Iterator[tuple[int, Any]]:
-    assert origin.file is not None
-    yield from enumerate(_json(origin, _decoded(origin, origin.file.read_bytes(), 1, 0), 1), 1)
-
-
-def _decoded(origin: Origin, raw: bytes, line: int, offset: int) -> str:
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line += raw.count(b"\n", 0, error.start)
-        raise DataError(
-            f"{origin.file}, line {line}, byte {offset + error.start}: 0x{raw[error.start]:02x} is not "
-            f"UTF-8; expected a file in UTF-8, so convert it and start again ({origin.key})"
-        ) from None
-    return text.removeprefix("\ufeff") if offset == 0 else text
-
-
-def _json(origin: Origin, text: str, line: int) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, json.JSONDecodeError):
-            place = f"line {line + error.lineno - 1}, column {error.colno}"
-            reason = error.msg
-        else:
-            place, reason = f"line {line}", str(error)
-        lines = origin.file is not None and origin.file.suffix.lower() == ".jsonl"
-        expected = "one JSON object a line" if lines else "a list of JSON objects, or one object a line"
-        raise DataError(
-            f"{origin.file}, {place}: malformed JSON: {reason}; expected {expected}. Mend or remove it: the "
-            f"file may have been cut short ({origin.key})"
-        ) from None
-
-
-def _through_datasets(origin: Origin, commit: str | None) -> Iterator[tuple[int, Any]]:
-    import datasets  # 1.4 seconds, only where it is needed
-
-    if origin.file is not None:
-        arguments: dict[str, Any] = {"path": "parquet", "data_files": str(origin.file), "split": "train"}
-        arguments["streaming"] = True  # read in place: no copy of the file in a cache
-    else:
-        revision = commit or origin.revision
-        arguments = {"path": origin.path, "split": origin.split, "revision": revision}
-    try:
-        yield from enumerate(datasets.load_dataset(**arguments), 1)
-    except Exception as error:  # every reader behind `datasets` has errors of its own
-        what = f"{origin.path} (split {origin.split})" if origin.file is None else str(origin.file)
-        raise DataError(
-            f"{origin.key}: {what} cannot be read: {type(error).__name__}: {error}; expected a data set of "
-            "conversations: check name, split, revision and access"
-        ) from error

@@ -9,10 +9,14 @@ other programs read, and the training of small tokenizers. Knows no conversation
 import base64
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import Int32, Int64
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as RawTokenizer
 
@@ -51,6 +55,10 @@ _PROBES = (
 )
 """Texts that a tokenizer which changes text (case, Unicode form, blanks, a prefix space) does not give
 back."""
+
+
+_CHARACTERS_A_CORE = 131_072
+"""Characters that are encoded at once, for each core."""
 
 
 def _byte_characters() -> list[str]:
@@ -115,6 +123,7 @@ class Tokenizer:
         # Never im_end: trainers leave padding out of the loss by its id, and the stop token would go with it.
         self.pad_id = next((self.controls[name] for name in (PAD, UNK, BASE_EOS) if name in self.controls), None)
         self.vocab_size = 1 + max(max(vocab.values(), default=0), max(self.control_ids))
+        self._control_ids = np.array(sorted(self.control_ids))
 
         # With ignore_merges a whole word is looked up in the vocabulary, so a control token must not stand
         # there.
@@ -325,11 +334,47 @@ class Tokenizer:
         Raises:
             ValueError: a text holds a lone surrogate.
         """
-        for text in texts:
-            text.encode("utf-8")  # refuses what the library would report as a wrong type
-        batch = [e.ids for e in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
-        assert not any(self.control_ids.intersection(ids) for ids in batch), "text became a control token"
-        return batch
+        ids, lengths = self.encode_flat(texts)
+        flat, ends = ids.tolist(), np.cumsum(lengths).tolist()
+        return [flat[end - length : end] for end, length in zip(ends, lengths.tolist(), strict=True)]
+
+    def encode_flat(self, texts: Sequence[str]) -> tuple[Int32[np.ndarray, "ids"], Int64[np.ndarray, "texts"]]:
+        """Encode many texts on all cores into one array; the same ids as `encode_batch`, sooner.
+
+        Args:
+            texts: any valid Unicode.
+
+        Returns:
+            The ids of all, and how many are those of each.
+
+        Raises:
+            ValueError: a text holds a lone surrogate.
+        """
+        flat, lengths = array("I"), []  # takes a list in half the time of "i", and a third of numpy's
+        try:
+            for group in _groups(texts):
+                for encoding in self._plain.encode_batch_fast(group, add_special_tokens=False):
+                    ids = encoding.ids
+                    flat.fromlist(ids)
+                    lengths.append(len(ids))
+        except TypeError:
+            for text in texts:
+                text.encode("utf-8")  # names the surrogate, which the library takes for a wrong type
+            raise
+        found = np.asarray(flat).view(np.int32)
+        assert not np.isin(found, self._control_ids).any(), "text became a control token"
+        return found, np.array(lengths, np.int64)
+
+    def token_bytes(self) -> list[bytes]:
+        """What each id stands for in text, which may be a part of a character.
+
+        Returns:
+            The bytes of each id, [vocab_size]; none for control tokens and gaps.
+        """
+        byte_of = {character: byte for byte, character in enumerate(_byte_characters())}
+        tokens = [self._plain.id_to_token(id_) or "" for id_ in range(self.vocab_size)]
+        # What is not written in these characters stands for itself, as the library's decoder has it.
+        return [bytes(map(byte_of.__getitem__, t)) if byte_of.keys() >= set(t) else t.encode() for t in tokens]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Give ids back as text; control tokens show as their names.
@@ -361,6 +406,21 @@ class Tokenizer:
                 run.append(id_)
         flush()
         return "".join(pieces)
+
+
+def _groups(texts: Sequence[str]) -> Iterator[list[str]]:
+    """Texts in groups that are encoded at once: some 100 bytes a token, which are to stay in the processor's caches."""
+    most = _CHARACTERS_A_CORE * (os.cpu_count() or 1)
+    group: list[str] = []
+    characters = 0
+    for text in texts:
+        group.append(text)
+        characters += len(text)
+        if characters >= most:
+            yield group
+            group, characters = [], 0
+    if group:
+        yield group
 
 
 def named_chatml(path: Path) -> tuple[int | None, int | None] | None:

@@ -10,6 +10,7 @@ import pickle
 import re
 import shutil
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,7 @@ def save(
     optimizer: torch.optim.Optimizer,
     state: TrainState,
     *,
+    files: Mapping[str, bytes] | None = None,
     keep_last: int | None,
     ranks: Ranks,
 ) -> Path:
@@ -111,6 +113,7 @@ def save(
         model: Sharded.
         optimizer: Its optimizer.
         state: What else belongs to the step.
+        files: Further files that belong to it, by name; rank 0's are written.
         keep_last: How many of the newest stay; None keeps all.
         ranks: All of them call this.
 
@@ -128,6 +131,8 @@ def save(
     dcp_save({"model": weights, "optimizer": moments}, checkpoint_id=str(aside))
     if ranks.is_main:
         (aside / "state.json").write_text(json.dumps(asdict(state), indent=1))
+        for name, content in (files or {}).items():
+            (aside / name).write_bytes(content)
         for file in aside.iterdir():
             sync_to_disk(file)
         sync_to_disk(aside)

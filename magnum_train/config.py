@@ -33,6 +33,10 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data import DataError
+from data.chatml import EncodeOptions
+from data.gates import Rules
+from data.loader import LOSS_NORMS
+from data.packing import PACKINGS
 from data.sources import SourceConfig
 from magnum_train.distributed import ElsewhereError, HostError, launch
 from magnum_train.errors import CheckpointError, ConfigError, UserError
@@ -40,7 +44,7 @@ from model import TransformerConfig
 
 Schema = TypeVar("Schema")
 CONF = Path(__file__).resolve().parent.parent / "conf"
-_GROUPS = ("experiment", "model", "data")
+_GROUPS = ("experiment", "model", "data", "era")
 
 
 def _choice(key: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -132,24 +136,81 @@ class TokenizerFileConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which conversations, and how they are packed."""
+    """Which conversations, what of them is trained, and how they are packed."""
 
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     """Sources by name; see `data/sources.py` for what one holds."""
     pack_tokens: int = 8192
-    """Tokens of a pack, and the longest conversation that is kept. A micro-batch is one pack."""
+    """Tokens of a pack. A micro-batch is one pack."""
     pack_documents: int = 128
     """Most conversations in a pack; fixes the shape of cu_seqlens."""
+    packing: str = "best_fit"
+    """best_fit fills packs; next_fit takes conversations as they come, as trainers did in 2024."""
+    max_tokens: int | None = None
+    """Most tokens of a conversation; null means pack_tokens, which is the most there can be."""
+    too_long: str = "drop"
+    """What happens to longer ones: drop, cut_turns (at the last trained turn's end that fits), or error."""
+    default_system: str | None = None
+    """System message of conversations that have none; a source may set its own. null adds none."""
+    deduplicate: str = "none"
+    """none, exact (same roles and texts) or near (exact, and similar texts); within and across sources, the first stays.
+    Whatever is chosen, a conversation that validates does not train."""
+    near_threshold: float = 0.8
+    """Similarity (estimated Jaccard index of word shingles) from which conversations are near duplicates; the
+    system message, letter case and punctuation do not count."""
+    newline_in_content: bool = False
+    """Encode the newline after the role's name with the content and give it the content's weight, as in 2024; otherwise it
+    is part of the header, which is not trained."""
+    train_closing_newline: bool = False
+    """Give the newline after <|im_end|> the content's weight, as in 2024. No server ever asks the model for it."""
     prepared_dir: str = "prepared"
     """Folder of tokenised data, one sub-folder per content; may be copied to another machine."""
     max_loss_share: float = 0.1
-    """Share of a source's rows that may be unusable or too long before the run refuses to start."""
+    """Share of a source's rows that may be unusable, too long or without weight before the run refuses to start."""
+    streaming: bool = False
+    """Tokenise in the course of training, for sources that do not fit on the disk; needs train.max_steps and a
+    tokenizer that is there already."""
+    stream_documents: int = 10_000
+    """Conversations from which a step's packs are chosen when streaming: more fill better and mix better."""
 
     def __post_init__(self) -> None:
         _above("data.pack_tokens", self.pack_tokens, 2, equal=True)
         _above("data.pack_documents", self.pack_documents, 1, equal=True)
+        _above("data.stream_documents", self.stream_documents, 1, equal=True)
+        _choice("data.packing", self.packing, PACKINGS)
         if not 0 <= self.max_loss_share <= 1:
             raise ConfigError("data.max_loss_share", str(self.max_loss_share), "a share from 0 to 1")
+        _above("data.max_tokens", self.max_tokens, 2, equal=True)
+        if self.max_tokens is not None and self.max_tokens > self.pack_tokens:
+            found = f"{self.max_tokens:,}"
+            raise ConfigError("data.max_tokens", found, f"at most data.pack_tokens = {self.pack_tokens:,}")
+        self.rules(seed=0)
+
+    @property
+    def encoding(self) -> EncodeOptions:
+        """What of a conversation is trained."""
+        return EncodeOptions(
+            newline_in_content=self.newline_in_content, train_closing_newline=self.train_closing_newline
+        )
+
+    def rules(self, seed: int) -> Rules:
+        """What decides, beside a source's own settings, what a row becomes.
+
+        Args:
+            seed: The run's; decides which rows are drawn.
+        """
+        try:
+            return Rules(
+                max_tokens=self.pack_tokens if self.max_tokens is None else self.max_tokens,
+                seed=seed,
+                too_long=self.too_long,
+                default_system=self.default_system,
+                deduplicate=self.deduplicate,
+                near_threshold=self.near_threshold,
+                options=self.encoding,
+            )
+        except ValueError as error:
+            raise ConfigError.of(ValueError(f"data.{error}")) from error
 
 
 @dataclass(frozen=True)
@@ -178,7 +239,7 @@ class StepConfig:
     """Python's collector is off and runs on all ranks at these steps: a collection on one stalls them all."""
 
     def __post_init__(self) -> None:
-        _choice("train.loss_norm", self.loss_norm, ("tokens", "sequences", "micro_batch_2024"))
+        _choice("train.loss_norm", self.loss_norm, LOSS_NORMS)
         _above("train.tokens_per_step", self.tokens_per_step, 1, equal=True)
         _above("train.epochs", self.epochs, 1, equal=True)
         _above("train.max_steps", self.max_steps, 1, equal=True)
@@ -320,6 +381,22 @@ class DistributedConfig:
 
 
 @dataclass(frozen=True)
+class ReportConfig:
+    """Settings that `python -m magnum_train.report` alone reads."""
+
+    out: str = "report.html"
+    """The page to write."""
+    samples: int = 2
+    """Conversations of each kind (random, longest, shortest, oddest) that are shown of each source."""
+    tokens: int = 2000
+    """Most tokens that are shown of one conversation; a longer one is cut in its middle."""
+
+    def __post_init__(self) -> None:
+        _above("report.samples", self.samples, 0, equal=True)
+        _above("report.tokens", self.tokens, 1, equal=True)
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """All settings of a run."""
 
@@ -341,6 +418,7 @@ class TrainConfig:
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
 
     def __post_init__(self) -> None:
         _above("seed", self.seed, 0, equal=True)
@@ -350,6 +428,8 @@ class TrainConfig:
                 "tokenizer.path", "nothing", "a tokenizer.json or a Tekken file",
                 "Give tokenizer.path=FILE, or model.weights=FOLDER with one in it.",
             )  # fmt: skip
+        if self.data.streaming:
+            self._check_streaming()
         if self.tokenizer.append and self.model.weights is None:
             raise ConfigError("tokenizer.append", "true without model.weights", "weights whose matrices are to grow")
         if self.train.tokens_per_step % self.data.pack_tokens:
@@ -359,6 +439,16 @@ class TrainConfig:
                 f"a multiple of data.pack_tokens = {self.data.pack_tokens:,}",
                 f"Try train.tokens_per_step={self.data.pack_tokens * (self.packs_per_step + 1)}.",
             )
+
+    def _check_streaming(self) -> None:
+        if self.train.max_steps is None:
+            raise ConfigError("train.max_steps", "nothing", "a number of steps, with data.streaming: no end is known")
+        if self.tokenizer.path is None and self.model.weights is None:
+            raise ConfigError("tokenizer.path", "nothing", "a tokenizer, with data.streaming: none can be trained")
+        if self.data.deduplicate != "none":
+            raise ConfigError("data.deduplicate", repr(self.data.deduplicate), "none, with data.streaming")
+        if self.data.packing != "best_fit":
+            raise ConfigError("data.packing", repr(self.data.packing), "best_fit, with data.streaming")
 
     @property
     def packs_per_step(self) -> int:
@@ -438,6 +528,7 @@ RESUMABLE = (
     "data.sources.*.validation_path", "tokenizer.path", "train.max_steps", "train.epochs",
     "train.max_skipped_steps", "train.threads", "train.collect_garbage_every_steps", "train.export_at_end",
     "parallel.*", "validation.*", "samples.*", "checkpoint.*", "metrics.*", "profile.*", "distributed.*",
+    "report.*",
 )  # fmt: skip
 """Settings that may differ when a run is resumed. Data and tokenizer are compared by content; files may move."""
 
@@ -651,7 +742,7 @@ def default_run_dir(experiment: str | None, overrides: list[str]) -> str:
     The suffix names the changed settings in short and ends in four digits of a digest of all of them, so that
     two lines share a folder only if they ask for the same run.
     """
-    kept = sorted(o.lstrip("+") for o in overrides if not re.match(r"\+*(experiment|run_dir|hydra[./])", o))
+    kept = sorted(o.lstrip("+") for o in overrides if not re.match(r"\+*(experiment|run_dir|report[.]|hydra[./])", o))
     name = experiment or "run"
     if not kept:
         return f"runs/{name}"

@@ -4,13 +4,14 @@
 is cut back to the checkpoint's step and the curves are written anew from it: every step stands once in both.
 """
 
+import contextlib
 import json
 import math
 import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,6 +21,8 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
+    TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -166,6 +169,10 @@ class Metrics:
             self._writer.close()
 
 
+_PREPARING_SECONDS = 10
+"""Between two lines about the preparation, where there is no terminal for a bar."""
+
+
 class Terminal:
     """What a person sees of a run: lines, and a live bar where there is a terminal. Rank 0 alone speaks."""
 
@@ -208,3 +215,34 @@ class Terminal:
     def end(self) -> None:
         """Take the bar down."""
         self._progress.stop()
+
+    @contextlib.contextmanager
+    def preparing(self) -> Iterator[Callable[[str, int, int | None], None]]:
+        """Show how far each source is while conversations are prepared: a bar each, or a line every ten seconds.
+
+        Yields:
+            To be told a source's name, how far it is and how far it goes; None where nobody knows.
+        """
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+        bars = Progress(
+            *columns, TextColumn("left"), TimeRemainingColumn(), console=self._console, disable=self._progress.disable
+        )
+        tasks: dict[str, TaskID] = {}
+        begun: dict[str, float] = {}
+        said = time.perf_counter()
+
+        def show(source: str, done: int, total: int | None) -> None:
+            nonlocal said
+            now = time.perf_counter()
+            begun.setdefault(source, now)
+            if source not in tasks:
+                tasks[source] = bars.add_task(f"preparing {source}", total=total)
+            bars.update(tasks[source], completed=done)
+            if bars.disable and now - said > _PREPARING_SECONDS:
+                said = now
+                left = (now - begun[source]) * (total - done) / done if total else 0.0
+                rest = f"{done / total:.0%}, {int(left) // 60}:{int(left) % 60:02d} left" if total else f"{done:,} rows"
+                self.say(f"preparing {source}: {rest}")
+
+        with bars:
+            yield show

@@ -4,23 +4,22 @@ Training does it by itself; this does it ahead, on a machine without GPUs, and s
 may then be copied.
 """
 
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from data.prepared import Prepared, prepare
 from magnum_train.config import TrainConfig, verb
+from magnum_train.metrics import Terminal
 from magnum_train.weights import vocabulary
 
 
 def prepare_data(
-    settings: TrainConfig, say: Callable[[str], None], known: str | None = None, beside: Path | None = None
+    settings: TrainConfig, terminal: Terminal, known: str | None = None, beside: Path | None = None
 ) -> Prepared:
     """Find the prepared conversations of a configuration, or make them.
 
     Args:
         settings: Its sources, tokenizer and pack length.
-        say: Told what a person should know about it.
+        terminal: Told how far it is, and what a person should know about it.
         known: Key of the set that a run began with which goes on; decides where source files are absent and several
             sets fit.
         beside: Folder of the tokenizer of weights that are here already.
@@ -30,25 +29,27 @@ def prepare_data(
         DataError: If a file, a setting or too many rows are wrong.
     """
     tokenizer = vocabulary(settings, Path(str(settings.run_dir)) if known else None, beside)
-    prepared = prepare(
-        settings.data.sources,
-        prepared_dir=settings.data.prepared_dir,
-        tokenizer=tokenizer,
-        vocab_size=settings.tokenizer.vocab_size if tokenizer is None else None,
-        max_tokens=settings.data.pack_tokens,
-        seed=settings.seed,
-        max_loss_share=settings.data.max_loss_share,
-        known=known,
-    )
+    with terminal.preparing() as progress:
+        prepared = prepare(
+            settings.data.sources,
+            settings.data.rules(settings.seed),
+            prepared_dir=settings.data.prepared_dir,
+            tokenizer=tokenizer,
+            vocab_size=settings.tokenizer.vocab_size if tokenizer is None else None,
+            max_loss_share=settings.data.max_loss_share,
+            known=known,
+            progress=progress,
+            streaming=settings.data.streaming,
+        )
     for note in prepared.notes:
-        say(note)
-    say(f"conversations {'found' if prepared.reused else 'prepared'} in {prepared.folder}")
+        terminal.say(note)
+    terminal.say(f"conversations {'found' if prepared.reused else 'prepared'} in {prepared.folder}")
     return prepared
 
 
 def main(settings: TrainConfig) -> None:
     """Prepare, and print where every row went."""
-    prepared = prepare_data(settings, lambda text: print(text, file=sys.stderr))
+    prepared = prepare_data(settings, Terminal(is_main=True))
     print(prepared.ledger.render())
     print(f"\nrows that were lost: {prepared.rejects}")
 

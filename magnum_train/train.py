@@ -20,9 +20,10 @@ from torch.profiler import profile
 
 from data import PackedBatch, Tokenizer
 from data.chatml import encode_prompt
-from data.loader import Loader, Schedule, StepData
+from data.loader import StepData
 from data.prepared import Prepared, open_prepared
 from magnum_train import checkpoint, config, distributed, metrics
+from magnum_train.batches import Batches
 from magnum_train.chat import Prompt, read_prompts, reply_text
 from magnum_train.checkpoint import TrainState
 from magnum_train.config import ModelConfig, TrainConfig
@@ -59,7 +60,7 @@ def train(settings: TrainConfig) -> None:
         ranks.once("run_dir", lambda: check_run_dir(settings, newest))
         beside = start.vocabulary if start else None
         folder = ranks.once(
-            "prepare", lambda: str(prepare_data(settings, terminal.say, known, beside).folder), per_host=True
+            "prepare", lambda: str(prepare_data(settings, terminal, known, beside).folder), per_host=True
         )
         prepared = open_prepared(folder)
         first = ranks.once("prepared key", lambda: prepared.key)
@@ -69,7 +70,7 @@ def train(settings: TrainConfig) -> None:
             settings = replace(settings, model=network(asked, start, prepared.tokenizer))
         run = assemble(settings, prepared, recorded, ranks, terminal, start)
         if run is not None:
-            with run.recording() as record:
+            with contextlib.closing(run.batches), run.recording() as record:
                 loop(run, record)
         if settings.train.export_at_end:
             ranks.once("export", lambda: export_newest(Path(str(settings.run_dir)), terminal.say))
@@ -86,7 +87,7 @@ class Run:
     terminal: metrics.Terminal
     run_dir: Path
     prepared: Prepared
-    loader: Loader
+    batches: Batches
     model: Transformer
     optimizer: torch.optim.Optimizer
     prompts: list[Prompt]
@@ -187,16 +188,8 @@ def assemble(
             f"{model_config.vocab_size:,}",
             f"at least the tokenizer's {prepared.tokenizer.vocab_size:,}",
         )
-    schedule = Schedule(
-        prepared.train.lengths,
-        pack_tokens=settings.data.pack_tokens,
-        pack_documents=settings.data.pack_documents,
-        packs_per_step=divisible(settings.packs_per_step, ranks.world_size, settings.data.pack_tokens),
-        seed=settings.seed,
-        epochs=settings.train.epochs if settings.train.max_steps is None else None,
-        max_steps=settings.train.max_steps,
-    )
-    loader = Loader(prepared.train, prepared.validation, len(prepared.sources), schedule, settings.train.loss_norm)
+    check_divisible(settings.packs_per_step, ranks.world_size, settings.data.pack_tokens)
+    batches = Batches(settings, prepared, model_config, ranks.rank, ranks.world_size)
     prompts = []
     if settings.samples.every_steps is not None:
         prompts = read_prompts(settings.samples.prompts, settings.samples.max_prompts, "samples.prompts")
@@ -206,14 +199,14 @@ def assemble(
             str(run_dir), f"a run on prepared data {recorded.data_key}", f"prepared data {prepared.key}",
             "The contents of the conversations or of the tokenizer changed: choose another run_dir.",
         )  # fmt: skip
-    if recorded is not None and recorded.step >= schedule.total_steps:
-        terminal.say(f"{run_dir} is complete: {recorded.step} of {schedule.total_steps} steps")
+    if recorded is not None and recorded.step >= batches.total_steps:
+        terminal.say(f"{run_dir} is complete: {recorded.step} of {batches.total_steps} steps")
         return None
     compute_dtype = torch.bfloat16 if bf16_compute(settings.precision, ranks.device) else torch.float32
     attention = attention_backend(settings.model.attention, recorded, ranks.device.type, compute_dtype)
     ranks.once("open", lambda: open_run_dir(settings, prepared, ranks))
     terminal.say(prepared.ledger.render())
-    terminal.say(plan_text(settings, schedule, prepared, ranks))
+    terminal.say(plan_text(settings, batches, prepared, ranks))
     terminal.say(
         f"{parameter_count(model_config):,} parameters, attention {attention}, compute in {name_of(compute_dtype)}, "
         f"torch {torch.__version__}, {ranks.device.type}"
@@ -233,10 +226,12 @@ def assemble(
     optimizer = build_optimizer(model, settings.optim)
     state = TrainState(step=0, refused=[], data_key=prepared.key)
     if recorded is not None:
-        state = checkpoint.load(checkpoint.path_of(run_dir, recorded.step), model, optimizer)
+        folder = checkpoint.path_of(run_dir, recorded.step)
+        state = checkpoint.load(folder, model, optimizer)
+        batches.restore(folder)
         terminal.say(f"resuming {run_dir} after step {recorded.step}")
     state = replace(state, choices={"attention": attention})
-    return Run(settings, ranks, terminal, run_dir, prepared, loader, model, optimizer, prompts, state)
+    return Run(settings, ranks, terminal, run_dir, prepared, batches, model, optimizer, prompts, state)
 
 
 def load_start(
@@ -282,8 +277,8 @@ def attention_backend(wanted: str, recorded: TrainState | None, device_type: str
         raise ConfigError.of(error) from error
 
 
-def divisible(packs: int, world_size: int, pack_tokens: int) -> int:
-    """The packs of a step, if every rank gets as many of them.
+def check_divisible(packs: int, world_size: int, pack_tokens: int) -> None:
+    """Make sure that every rank gets as many packs of a step as any other.
 
     Raises:
         ConfigError: If the ranks do not divide them; names the nearest batch that would do.
@@ -294,7 +289,6 @@ def divisible(packs: int, world_size: int, pack_tokens: int) -> int:
             "train.tokens_per_step", f"{packs} packs of {pack_tokens:,} on {world_size} ranks",
             "a number of packs that the ranks divide", f"Try train.tokens_per_step={above}.",
         )  # fmt: skip
-    return packs
 
 
 def bf16_compute(precision: str, device: torch.device) -> bool:
@@ -365,24 +359,26 @@ def write(file: Path, text: str) -> None:
     aside.replace(file)
 
 
-def plan_text(settings: TrainConfig, schedule: Schedule, prepared: Prepared, ranks: Ranks) -> str:
+def plan_text(settings: TrainConfig, batches: Batches, prepared: Prepared, ranks: Ranks) -> str:
     """What the settings come to, in the words that people know."""
     packs, world = settings.packs_per_step, ranks.world_size
     shard = world // settings.parallel.replicate
     mesh = f" ({settings.parallel.replicate} replicas x {shard} shards)" if settings.parallel.replicate > 1 else ""
     length = "as set" if settings.train.max_steps else f"in {settings.train.epochs} epochs"
     quiet = "; no validation, since no source has rows for it" if not len(prepared.validation) else ""
-    first = len(schedule.packing(0))
-    fill = prepared.train.lengths.sum() / (first * settings.data.pack_tokens)
+    source = f"streamed, at least {settings.data.stream_documents:,} conversations waiting"
+    if batches.schedule is not None:
+        first, fill = len(batches.schedule.packing(0)), batches.schedule.fill(0)
+        source = f"{first:,} packs in the first epoch, {fill:.1%} filled"
     return (
         f"{packs} packs of {settings.data.pack_tokens:,} a step = {world} ranks{mesh} x {packs // world} accumulation; "
-        f"{first:,} packs in the first epoch, {fill:.1%} filled; {schedule.total_steps:,} steps {length}{quiet}"
+        f"{source}; {batches.total_steps:,} steps {length}{quiet}"
     )
 
 
 def loop(run: Run, record: metrics.Metrics) -> None:
     """Step after step until the last: update, record, validate, answer, save."""
-    settings, total = run.settings, run.loader.schedule.total_steps
+    settings, total = run.settings, run.batches.total_steps
     peak = metrics.peak_flops(run.ranks.device, settings.metrics.peak_tflops)
     started, first = time.perf_counter(), run.state.step
     if run.ranks.is_main:
@@ -410,7 +406,7 @@ def loop(run: Run, record: metrics.Metrics) -> None:
                     write_ledger(run)  # before the checkpoint: a start that finds the run complete writes nothing
                 checkpoint.save(
                     run.run_dir, run.model, run.optimizer, run.state,
-                    keep_last=settings.checkpoint.keep_last, ranks=run.ranks,
+                    files=run.batches.saved(step), keep_last=settings.checkpoint.keep_last, ranks=run.ranks,
                 )  # fmt: skip
             if step % settings.train.collect_garbage_every_steps == 0:
                 gc.collect()
@@ -420,13 +416,9 @@ def loop(run: Run, record: metrics.Metrics) -> None:
 
 
 def write_ledger(run: Run) -> None:
-    """Record where every row went, down to what has been trained; steps whose update was refused trained nothing."""
-    documents, tokens = run.loader.trained(run.state.step)
-    for step in run.state.refused:
-        after, before = run.loader.trained(step), run.loader.trained(step - 1)
-        documents, tokens = documents - after[0] + before[0], tokens - after[1] + before[1]
-    run.prepared.ledger.trained(documents.tolist(), tokens.tolist())
-    write(run.run_dir / "ledger.json", json.dumps(run.prepared.ledger.to_json(), indent=1))
+    """Record where every row went, down to what has been trained."""
+    ledger = run.batches.ledger(run.state.step, run.state.refused)
+    write(run.run_dir / "ledger.json", json.dumps(ledger.to_json(), indent=1))
 
 
 def due(step: int, every: int | None, total: int) -> bool:
@@ -438,10 +430,10 @@ def one_step(run: Run, step: int, peak: float | None) -> dict[str, object]:
     """Train one step and say what it gave and cost, as a row of metrics.jsonl."""
     settings, ranks = run.settings, run.ranks
     begin = time.perf_counter()
-    data = run.loader.step(step - 1, ranks.rank, ranks.world_size)
+    data = run.batches.step(step - 1)
     batches = [on_device(batch, ranks.device) for batch in data.micro_batches]
     data_seconds = time.perf_counter() - begin
-    lr = learning_rate(step, run.loader.schedule.total_steps, settings.optim)
+    lr = learning_rate(step, run.batches.total_steps, settings.optim)
     result = train_step(
         run.model, run.optimizer, batches,
         weight_sum=data.weight_sum, n_sources=len(run.prepared.sources), lr=lr,
@@ -511,7 +503,7 @@ def stop_if_refused_too_often(run: Run) -> None:
 @torch.no_grad()
 def validate(run: Run, record: metrics.Metrics, step: int) -> None:
     """Validation loss, whole and per source, over the same packs every time."""
-    data = run.loader.validation(run.ranks.rank, run.ranks.world_size)
+    data = run.batches.validation()
     if not data.documents:
         return
     sums = torch.zeros(len(run.prepared.sources), dtype=torch.float64, device=run.ranks.device)
@@ -528,14 +520,15 @@ def validate(run: Run, record: metrics.Metrics, step: int) -> None:
 
 def sample(run: Run, record: metrics.Metrics, step: int) -> None:
     """Answer the fixed prompts; every rank runs the same forwards, and rank 0's tokens decide when to stop."""
-    options = run.settings.samples
+    options, data = run.settings.samples, run.settings.data
     for number, prompt in enumerate(run.prompts):
         ids: list[int] = []
+        prompt = replace(prompt, system=prompt.system or data.default_system)  # as in training
+        messages = encode_prompt(prompt.messages(), run.prepared.tokenizer, data.encoding)
         # Each rank would stop at an end token of its own; a rank that differs must not leave the others waiting.
         for token in generate(
-            run.model, encode_prompt(prompt.messages(), run.prepared.tokenizer),
-            max_new_tokens=options.max_new_tokens, temperature=options.temperature, seed=run.settings.seed,
-            vocab_size=run.prepared.tokenizer.vocab_size,
+            run.model, messages, max_new_tokens=options.max_new_tokens, temperature=options.temperature,
+            seed=run.settings.seed, vocab_size=run.prepared.tokenizer.vocab_size,
         ):  # fmt: skip
             agreed = torch.tensor(token, device=run.ranks.device)
             dist.broadcast(agreed, src=0)

@@ -1,8 +1,12 @@
 """Small runs for tests: a few conversations, a model of some ten thousand parameters, and the overrides for both."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
+
+from magnum_train import train
+from magnum_train.config import compose
 
 TINY_MODEL = [
     "model.dim=40",
@@ -78,3 +82,26 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The training rows of a run's metrics.jsonl."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if "loss" in row]
+
+
+class Killed(BaseException):
+    """An end that nothing in the program handles."""
+
+
+def run_until(line: list[str], last: int | None) -> None:
+    """Train; die without a word before step `last` + 1 begins."""
+    real = train.one_step
+
+    def dying(run: Any, step: int, peak: Any) -> Any:
+        if last is not None and step > last:
+            raise Killed
+        return real(run, step, peak)
+
+    train.one_step = dying
+    with contextlib.suppress(Killed):
+        train.train(compose(line))
+
+
+def series(run_dir: Path) -> list[tuple[int, float, float]]:
+    """Step, loss and gradient norm of a run's training steps."""
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in metrics(run_dir)]

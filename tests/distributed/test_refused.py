@@ -36,7 +36,7 @@ def poisoned_step(line: list[str]) -> tuple[bool, dict[str, Any], dict[str, Any]
     """One good step, then one with a NaN in the loss of rank 1 alone; whether anything changed, and both rows."""
     settings = compose(line)
     with distributed.start(timeout_seconds=60, replicate=1, threads=1, deterministic=False) as ranks:
-        folder = ranks.once("prepare", lambda: str(prepare_data(settings, print).folder))
+        folder = ranks.once("prepare", lambda: str(prepare_data(settings, Terminal(is_main=False)).folder))
         run = train.assemble(settings, open_prepared(folder), None, ranks, Terminal(is_main=False))
         assert run is not None
         good = train.one_step(run, 1, None)

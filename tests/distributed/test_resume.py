@@ -10,29 +10,7 @@ import pytest
 from magnum_train import checkpoint, train
 from magnum_train.config import compose
 from ranks import run_ranks
-from tiny_runs import metrics, overrides
-
-
-class Killed(BaseException):
-    """An end that nothing in the program handles."""
-
-
-def run_until(line: list[str], last: int | None) -> None:
-    """Train; die without a word before step `last` + 1 begins."""
-    real = train.one_step
-
-    def dying(run: Any, step: int, peak: Any) -> Any:
-        if last is not None and step > last:
-            raise Killed
-        return real(run, step, peak)
-
-    train.one_step = dying
-    with contextlib.suppress(Killed):
-        train.train(compose(line))
-
-
-def series(run_dir: Path) -> list[tuple[int, float, float]]:
-    return [(row["step"], row["loss"], row["grad_norm"]) for row in metrics(run_dir)]
+from tiny_runs import metrics, overrides, run_until, series
 
 
 def test_resumed_runs_equal_the_undisturbed_one(tmp_path: Path) -> None:

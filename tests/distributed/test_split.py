@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data.loader import Loader, Schedule
+from data.loader import Loader, Schedule, StepMaker
 from data.prepared import Prepared, open_prepared
 from magnum_train import distributed
 from magnum_train.config import TrainConfig, compose
@@ -26,7 +26,7 @@ STEPS = 3
 def started(settings: TrainConfig, ranks: distributed.Ranks) -> Run:
     """The run as training assembles it, before its first step."""
     terminal = Terminal(is_main=False)
-    folder = ranks.once("prepare", lambda: str(prepare_data(settings, terminal.say).folder))
+    folder = ranks.once("prepare", lambda: str(prepare_data(settings, terminal).folder))
     run = assemble(settings, open_prepared(folder), None, ranks, terminal)
     assert run is not None
     return run
@@ -119,7 +119,7 @@ def test_each_loss_norm_is_what_its_definition_says(loss_norm: str, tmp_path: Pa
     line = overrides(tmp_path, f"train.loss_norm={loss_norm}", "train.max_grad_norm=null")
     [((measured, *_), _)] = run_ranks(three_steps, 1, line, True)
     settings = compose(line)
-    prepared = prepare_data(settings, print)
+    prepared = prepare_data(settings, Terminal(is_main=False))
     model = Transformer(settings.model.transformer(), "sdpa")
     init_weights(model, settings.seed)
     schedule = Schedule(
@@ -127,7 +127,7 @@ def test_each_loss_norm_is_what_its_definition_says(loss_norm: str, tmp_path: Pa
         max_steps=10,
     )  # fmt: skip
     # The loader only says which rows stand in which pack.
-    rows = [p[:, 1].tolist() for p in Loader(prepared.train, prepared.validation, 1, schedule).step(0, 0, 1).rows]
+    rows = [p[:, 1].tolist() for p in Loader(prepared.train, schedule, StepMaker(1, 256, 8)).step(0, 0, 1).rows]
     alone = documents_alone(prepared, model, {row for pack in rows for row in pack})
     packs = [[alone[row] for row in pack] for pack in rows]
     if loss_norm == "tokens":

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import settings
 
 from data import Tokenizer
-from data.prepared import Documents
+from data.documents import Documents
 from data.tokenizer import train_tokenizer
 
 # No deadline: the machine may be busy. No database: tests leave nothing in the working tree.
@@ -90,7 +90,8 @@ def make_documents() -> Callable[..., Documents]:
         return Documents(
             tokens=rng.integers(5, 300, total).astype(np.int32),
             weights=weights,
-            offsets=offsets,
+            starts=offsets[:-1].copy(),
+            lengths=np.diff(offsets),
             sources=rng.integers(0, num_sources, count),
             rows=np.arange(1, count + 1),
             scales=rng.choice(np.array([0.5, 1.0, 3.0]), count),

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from data.ledger import GATES, Ledger
+from data.ledger import GATES, REASONED, Ledger
 
 
 def filled() -> Ledger:
@@ -28,7 +28,7 @@ def test_columns_that_add_up_pass() -> None:
 @pytest.mark.parametrize("gate", GATES)
 def test_a_row_that_vanishes_or_appears_is_noticed(gate: str) -> None:
     ledger = filled()
-    ledger.ended("opus", gate, reason="x" if gate == "invalid" else None)
+    ledger.ended("opus", gate, reason="x" if gate in REASONED else None)
     with pytest.raises(ValueError, match="source opus: 10 rows read, but 11 accounted for"):
         ledger.balance()
 
@@ -40,9 +40,32 @@ def test_tokens_and_reasons_must_add_up_too() -> None:
         ledger.balance()
     ledger = filled()
     ledger.read("opus")
-    ledger.ended("opus", "invalid")
-    with pytest.raises(ValueError, match="1 invalid rows, reasons"):
+    ledger.ended("opus", "filtered", reason="too short")
+    ledger.accounts["opus"].reasons["filtered"]["too short"] += 1
+    with pytest.raises(ValueError, match="1 rows filtered, reasons"):
         ledger.balance()
+
+
+def test_what_is_cut_off_is_tokens_of_rows_that_go_on() -> None:
+    ledger = Ledger(["logs"])
+    ledger.read("logs", 2, 300)
+    ledger.was_cut("logs", 1, 60)
+    ledger.ended("logs", "packed", 2, 240)
+    ledger.balance()
+    assert "logs: 1 conversations cut at a turn's end, 60 tokens fell off (20.0 % of the source's)" in ledger.render()
+
+
+def test_a_source_that_is_left_out_stands_in_the_table() -> None:
+    ledger = Ledger(["opus", "stheno"])
+    ledger.accounts["stheno"].skipped = "owner/name is not there (missing=skip)"
+    assert ledger.render().endswith("stheno: left out, owner/name is not there (missing=skip)")
+    assert Ledger.from_json(ledger.to_json()).accounts == ledger.accounts
+
+
+def test_gates_in_which_nothing_ended_are_not_shown_but_losses_always() -> None:
+    head = filled().render().splitlines()[0]
+    assert "near duplicate" not in head
+    assert "too long" in Ledger(["a"]).render()
 
 
 def test_it_survives_json() -> None:
@@ -64,11 +87,11 @@ def test_the_table_is_aligned_and_complete() -> None:
     text = ledger.render()
     rows, tokens, trained, reasons = text.split("\n\n")
     assert [line.split() for line in rows.splitlines()] == [
-        ["rows", "read", "unsampled", "invalid", "too", "long", "unweighted", "validation", "packed"],
-        ["stheno", "1,000", "100", "25", "75", "0", "0", "800"],
-        ["opus", "10", "0", "0", "0", "4", "6", "0"],
-        ["all", "1,010", "100", "25", "75", "4", "6", "800"],
-        ["share", "100.0", "%", "9.9", "%", "2.5", "%", "7.4", "%", "0.4", "%", "0.6", "%", "79.2", "%"],
+        ["rows", "read", "unsampled", "invalid", "unweighted", "too", "long", "validation", "packed"],
+        ["stheno", "1,000", "100", "25", "0", "75", "0", "800"],
+        ["opus", "10", "0", "0", "4", "0", "6", "0"],
+        ["all", "1,010", "100", "25", "4", "75", "6", "800"],
+        ["share", "100.0", "%", "9.9", "%", "2.5", "%", "0.4", "%", "7.4", "%", "0.6", "%", "79.2", "%"],
     ]
     assert len({len(line) for line in rows.splitlines()}) == 1
     assert "250,100" in tokens

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.documents import Documents
 from data.ledger import Ledger
-from data.loader import LOSS_NORMS, Loader, Schedule, StepData, assign
-from data.prepared import Documents
+from data.loader import LOSS_NORMS, Cost, Loader, Schedule, StepData, StepMaker, Validation, assign
+from data.packing import next_fit, pack_flat
 
 Make = Callable[..., Documents]
 ROUNDING = 1e-6  # float32 weights, summed in float64
@@ -29,9 +30,15 @@ def schedule(lengths: Any, **more: Any) -> Schedule:
     return Schedule(np.asarray(lengths, np.int64), **(settings | more))
 
 
-def loader(documents: Documents, norm: str = "tokens", validation: Documents | None = None, **more: Any) -> Loader:
+def loader(
+    documents: Documents,
+    norm: str = "tokens",
+    cost: Cost | None = None,
+    **more: Any,
+) -> Loader:
     plan = schedule(documents.lengths, **more)
-    return Loader(documents, documents if validation is None else validation, 3, plan, norm)
+    maker = StepMaker(3, plan.pack_tokens, plan.pack_documents, norm, cost or Cost())
+    return Loader(documents, plan, maker)
 
 
 def trained_rows(data: StepData) -> list[int]:
@@ -135,7 +142,7 @@ def test_an_epochs_last_step_is_trained_and_padded_not_dropped(make_documents: M
 def test_epochs_are_packed_anew_and_a_fresh_loader_agrees(make_documents: Make) -> None:
     documents = make_documents(np.random.default_rng(0).integers(5, 90, 80).tolist(), 3)
     made = loader(documents, epochs=3)
-    assert made.schedule.packing(0) != made.schedule.packing(1)
+    assert made.schedule.packing(0).lists() != made.schedule.packing(1).lists()
     last = made.schedule.total_steps - 1
     first_look, fresh = made.step(last, 0, 2), loader(documents, epochs=3).step(last, 0, 2)
     for a, b in zip(first_look.micro_batches, fresh.micro_batches, strict=True):
@@ -143,6 +150,18 @@ def test_epochs_are_packed_anew_and_a_fresh_loader_agrees(make_documents: Make) 
         assert a.weights.equal(b.weights)
     assert made.step(0, 0, 1).epoch == 0
     assert first_look.epoch == 2
+
+
+def test_the_schedule_packs_as_it_is_told() -> None:
+    lengths = np.random.default_rng(0).integers(5, 90, 80)
+    packs = schedule(lengths, packing="next_fit").packing(1).lists()
+    order = [n for members in packs for n in members]
+    assert sorted(order) == list(range(80))
+    for full, then in pairwise(packs):
+        assert len(full) == 6 or lengths[full].sum() + lengths[then[0]] > 128
+    assert order not in [[n for p in next_fit(lengths, 128, seed) for n in p] for seed in range(3)]
+    assert schedule(lengths).fill(0) > schedule(lengths, packing="next_fit").fill(0)
+    assert schedule(lengths).fill(1) == lengths.sum() / (len(schedule(lengths).packing(1)) * 128)
 
 
 def test_max_steps_ends_epochs_early_or_goes_on_without_them() -> None:
@@ -173,21 +192,23 @@ def test_what_was_trained_is_counted_per_source(make_documents: Make) -> None:
     ledger.trained(*made.trained(made.schedule.total_steps))
     assert [account.trained_tokens for account in ledger.accounts.values()] == tokens.tolist()
     np.testing.assert_array_equal(counted, 2 * np.bincount(documents.sources, minlength=3))
+    with pytest.raises(ValueError, match="expected from 0 to below"):
+        made.trained(made.schedule.total_steps + 1)
 
 
 def test_rows_of_a_step_are_named_by_source_and_row(make_documents: Make) -> None:
     documents = make_documents([30] * 20, 3)
     made = loader(documents)
     _, packs = made.schedule.locate(1)
-    for pack, rows in zip(packs, made.step(1, 0, 1).rows, strict=True):
+    for pack, rows in zip(packs.lists(), made.step(1, 0, 1).rows, strict=True):
         assert rows.tolist() == [[documents.sources[n], documents.rows[n]] for n in pack]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_validation_sees_each_document_once_on_any_number_of_ranks(make_documents: Make, world: int) -> None:
     held_out = make_documents(np.random.default_rng(1).integers(5, 90, 17).tolist(), 3)
-    made = loader(make_documents([10, 20], 3), validation=held_out)
-    parts = [made.validation(rank, world) for rank in range(world)]
+    made = Validation(held_out, StepMaker(3, 128, 6))
+    parts = [made.batches(rank, world) for rank in range(world)]
     assert len({len(part.micro_batches) for part in parts}) == 1
     assert sorted(row for part in parts for row in trained_rows(part)) == list(range(17))
     assert parts[0].weight_sum == pytest.approx(float((held_out.scales * held_out.weight_sums).sum()))
@@ -196,7 +217,7 @@ def test_validation_sees_each_document_once_on_any_number_of_ranks(make_document
 
 def test_validation_without_documents_is_empty(make_documents: Make) -> None:
     documents = make_documents([10, 20], 3)
-    data = loader(documents, validation=make_documents([], 3)).validation(0, 2)
+    data = Validation(make_documents([], 3), StepMaker(3, 128, 6)).batches(0, 2)
     assert (data.micro_batches, data.weight_sum, data.documents, data.rows) == ([], 0.0, 0, [])
 
 
@@ -214,6 +235,49 @@ def test_each_pack_goes_to_one_rank_and_costly_ones_run_together(costs: list[flo
     assert all(min(now) >= max(then) for now, then in pairwise(rounds))
 
 
+def test_a_pack_costs_its_tokens_its_squares_and_its_labels(make_documents: Make) -> None:
+    documents = make_documents([10, 20, 30, 40])
+    packs = pack_flat(documents.lengths, 60, 0)
+    lists = packs.lists()
+    costs = Cost(per_token=7.0, per_square=3.0, per_label=5.0).of(packs, documents, 60)
+    for cost, members in zip(costs.tolist(), lists, strict=True):
+        squares = sum(int(documents.lengths[n]) ** 2 for n in members)
+        assert cost == 7 * 60 + 3 * squares + 5 * sum(int(documents.weighted_tokens[n]) for n in members)
+    assert len(Cost().of(packs.part(0, 0), documents, 60)) == 0
+
+
+@pytest.mark.parametrize("cost", [Cost(), Cost(1e6, 0.0, 1.0), Cost(0.0, 1.0, 50.0)])
+def test_packs_are_dealt_by_their_cost(make_documents: Make, cost: Cost) -> None:
+    documents = make_documents(np.random.default_rng(0).integers(5, 90, 200).tolist(), 3)
+    made = loader(documents, cost=cost, packs_per_step=16)
+    for step in (0, made.schedule.total_steps - 1):
+        _, packs = made.schedule.locate(step)
+        costs = dict(zip(map(tuple, packs.lists()), cost.of(packs, documents, 128).tolist(), strict=True))
+        parts = [made.step(step, rank, 4).micro_batches for rank in range(4)]
+        rows = [
+            [tuple(r for r in batch.rows.tolist() if r >= 0) for batch in slot] for slot in zip(*parts, strict=True)
+        ]
+        assert sorted(row for slot in rows for row in slot if row) == sorted(costs)
+        dealt = [[costs.get(row, 0.0) for row in slot] for slot in rows]  # padding costs less than any pack
+        assert all(min(now) >= max(then) for now, then in pairwise(dealt))
+
+
+def test_ranks_wait_little_for_each_other() -> None:
+    """Slowest rank of each micro-batch over the mean, as 8 ranks × 16 with documents up to a full pack have it."""
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(np.log(600), 1.3, 60_000).astype(int), 2, 16384)
+    packs = pack_flat(lengths, 16384, 0)
+    squares = np.bincount(packs.pack_of(), lengths[packs.members] ** 2.0)
+    costs = (70_000 * 16384 + squares)[: len(squares) // 128 * 128].reshape(-1, 128)
+
+    def excess(deal: Callable[[np.ndarray], list[list[int]]]) -> float:
+        slots = np.array([step[deal(step)] for step in costs])  # [steps, ranks, slots]
+        return float(slots.max(axis=1).sum() / slots.mean(axis=1).sum())
+
+    assert excess(lambda step: assign(step, 8, 16)) < 1.01
+    assert excess(lambda step: np.arange(128).reshape(8, 16).tolist()) > 1.03  # as they come
+
+
 def test_ranks_carry_equal_loads() -> None:
     costs = np.random.default_rng(0).uniform(1, 2, 64)
     loads = [costs[mine].sum() for mine in assign(costs, 8, 8)]
@@ -227,6 +291,7 @@ def test_ranks_carry_equal_loads() -> None:
         ({"epochs": 0}, "epochs is 0; expected at least 1"),
         ({"max_steps": 0}, "max_steps is 0"),
         ({"packs_per_step": 0}, "packs_per_step is 0"),
+        ({"packing": "bfd"}, "packing is 'bfd'; expected one of best_fit, next_fit"),
     ],
 )
 def test_schedules_that_cannot_be_are_refused(change: dict[str, Any], reason: str) -> None:

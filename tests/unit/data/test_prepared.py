@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ import data.prepared
 from data import DataError, Tokenizer
 from data.chatml import EncodeOptions, encode
 from data.conversation import parse
+from data.gates import Rules
+from data.json_rows import Row
 from data.prepared import Prepared, open_prepared, prepare
 from data.sources import SourceConfig
 
@@ -37,13 +39,10 @@ def run(tmp_path: Path, tokenizer: Tokenizer) -> Callable[..., Prepared]:
     """Prepare with settings that tests vary."""
 
     def run(sources: dict[str, SourceConfig], **more: Any) -> Prepared:
-        settings = {
-            "prepared_dir": tmp_path / "prepared",
-            "tokenizer": tokenizer,
-            "max_tokens": 100,
-            "seed": 1,
-        }
-        return prepare(sources, **(settings | more))
+        of_rules = {field.name for field in fields(Rules)} & more.keys()
+        rules = Rules(**({"max_tokens": 100} | {name: more.pop(name) for name in of_rules}))
+        settings = {"prepared_dir": tmp_path / "prepared", "tokenizer": tokenizer}
+        return prepare(sources, rules, **(settings | more))
 
     return run
 
@@ -71,21 +70,14 @@ def test_prepared_documents_are_the_encoded_rows(write_rows: Write, run: Run, to
 def test_every_row_is_accounted_for_with_its_reason(write_rows: Write, run: Run) -> None:
     long = {"messages": [{"role": "assistant", "content": "x " * 200}]}
     silent = {"messages": [{"role": "user", "content": "hi"}]}
-    unknown = {"messages": [{"role": "bot", "content": "\ud800"}]}
-    rows = [talk(1), unknown, long, silent, {"text": "x"}, talk(2, weight=0), ["no"], talk(3)]
-    prepared = run({"a": SourceConfig(str(write_rows(rows)))}, max_loss_share=0.5)
+    unknown = {"messages": [{"role": "narrator", "content": "\ud800"}]}
+    rows = [talk(1), unknown, long, silent, {"story": "x"}, talk(2, weight=0), ["no"], talk(3)]
+    prepared = run({"a": SourceConfig(str(write_rows(rows)))}, max_loss_share=0.8)
     account = prepared.ledger.accounts["a"]
-    expected = {
-        "read": 8,
-        "unsampled": 0,
-        "invalid": 3,
-        "too_long": 1,
-        "unweighted": 2,
-        "validation": 0,
-        "packed": 2,
-    }
-    assert account.rows == expected
-    assert account.reasons == {"unknown role": 1, "missing field": 1, "not an object": 1}
+    expected = {"read": 8, "invalid": 3, "too_long": 1, "unweighted": 2, "packed": 2}
+    assert {gate: rows for gate, rows in account.rows.items() if rows} == expected
+    kinds = {"unknown role": 1, "missing field": 1, "not an object": 1}
+    assert account.reasons == {"invalid": kinds, "filtered": {}}
     assert account.tokens["packed"] == len(prepared.train.tokens)
     assert account.tokens["too_long"] > 100
     prepared.ledger.balance()
@@ -94,9 +86,9 @@ def test_every_row_is_accounted_for_with_its_reason(write_rows: Write, run: Run)
         (2, "invalid"), (3, "too_long"), (4, "unweighted"), (5, "invalid"), (6, "unweighted"), (7, "invalid")
     ]  # fmt: skip
     by_row = {r["row"]: r for r in rejects}
-    assert by_row[2]["reason"].startswith("message 1 has the unknown role 'bot'")
-    assert by_row[5]["begins"] == '{"text": "x"}'
-    assert by_row[3]["reason"].endswith("a pack holds 100")
+    assert by_row[2]["reason"].startswith("message 1 has the unknown role 'narrator'")
+    assert by_row[5]["begins"] == '{"story": "x"}'
+    assert by_row[3]["reason"].endswith("tokens; the most is 100")
     assert {r["file"] for r in rejects} == {"rows.jsonl"}
 
 
@@ -104,7 +96,9 @@ def test_a_conversation_of_exactly_the_limit_is_kept(write_rows: Write, run: Run
     size = len(encode(parse(talk(1)), tokenizer).tokens)
     source = {"a": SourceConfig(str(write_rows([talk(1)])))}
     assert len(run(source, max_tokens=size).train) == 1
-    with pytest.raises(DataError, match=r"100.0 % of its rows are lost .0 invalid, 1 longer than"):
+    with pytest.raises(
+        DataError, match=r"100.0 % of its rows are lost .0 invalid, 0 with nothing to train, 1 longer than"
+    ):
         run(source, max_tokens=size - 1)
 
 
@@ -114,7 +108,9 @@ def test_too_many_losses_stop_with_the_files_that_explain_them(write_rows: Write
     with pytest.raises(DataError) as caught:
         run(good | bad)
     message = str(caught.value)
-    assert message.startswith("data.sources.bad: 50.0 % of its rows are lost (1 invalid, 0 longer than 100 tokens)")
+    assert message.startswith(
+        "data.sources.bad: 50.0 % of its rows are lost (1 invalid, 0 with nothing to train, 0 longer"
+    )
     for name in ("ledger.json", "rejects.jsonl"):
         path = next(word.rstrip(";,") for word in message.split() if name in word)
         assert Path(path).is_file()
@@ -123,8 +119,8 @@ def test_too_many_losses_stop_with_the_files_that_explain_them(write_rows: Write
 
 def test_a_run_with_nothing_to_train_on_stops(write_rows: Write, run: Run) -> None:
     silent = {"messages": [{"role": "user", "content": "hi"}]}
-    with pytest.raises(DataError, match=r"data.sources.a: none of its 1 rows is left to train"):
-        run({"a": SourceConfig(str(write_rows([silent])))})
+    with pytest.raises(DataError, match=r"data.sources.a: none of its 1 rows is left to train .*1 unweighted"):
+        run({"a": SourceConfig(str(write_rows([silent])))}, max_loss_share=1.0)
     with pytest.raises(DataError, match=r"data.sources is empty"):
         run({})
 
@@ -137,8 +133,10 @@ def test_rows_draws_that_many_the_same_for_the_same_seed(write_rows: Write, run:
     assert ten < messages_in(twenty)
     assert twenty.ledger.accounts["a"].rows["unsampled"] == 40
     assert messages_in(run({"a": SourceConfig(path, rows=10)}, seed=2)) != ten
-    with pytest.raises(DataError, match=r"data.sources.a.rows is 61, but .* has 60 rows"):
-        run({"a": SourceConfig(path, rows=61)})
+    assert not twenty.notes[1:]
+    all_of_them = run({"a": SourceConfig(path, rows=61)})
+    assert len(all_of_them.train) == 60
+    assert all_of_them.notes[-1] == "data.sources.a.rows is 61; there are 60, and all of them are taken"
 
 
 def test_the_seed_matters_only_where_rows_are_drawn(write_rows: Write, run: Run) -> None:
@@ -176,12 +174,12 @@ def test_validating_on_the_training_file_is_refused(write_rows: Write, run: Run)
 def test_a_hub_set_serves_offline_once_prepared(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     commits = {"owner/name": "c" * 40}
     monkeypatch.setattr(data.prepared, "fingerprint", lambda origin: commits.get(origin.path))
-    monkeypatch.setattr(data.prepared, "rows_of", lambda *_: enumerate([talk(1), talk(2)], 1))
+    monkeypatch.setattr(data.prepared, "rows_of", lambda *_: [Row(1, talk(1), 1), Row(2, talk(2), 2)])
     source = SourceConfig("owner/name", revision="v1")
     made = run({"a": source})
     commits.clear()
     assert run({"a": source}).key == made.key
-    with pytest.raises(DataError, match=r"cannot be reached .* sources.a.files\[0\].revision was v1, is v2"):
+    with pytest.raises(DataError, match=r"has no such data set.* sources.a.files\[0\].revision was v1, is v2"):
         run({"a": replace(source, revision="v2")})
 
 
@@ -273,36 +271,38 @@ def test_a_killed_process_leaves_nothing_that_looks_like_a_set(write_rows: Write
         real = data.prepared.Ledger.balance
         def die(self): os.kill(os.getpid(), signal.SIGKILL)
         data.prepared.Ledger.balance = die
-        data.prepared.prepare({"a": SourceConfig(sys.argv[1])}, prepared_dir=sys.argv[2], tokenizer=None,
-                              vocab_size=261, max_tokens=200, seed=1)
+        data.prepared.prepare({"a": SourceConfig(sys.argv[1])}, data.prepared.Rules(max_tokens=200),
+                              prepared_dir=sys.argv[2], tokenizer=None, vocab_size=261)
     """
     folder = tmp_path / "prepared"
     command = [sys.executable, "-c", code, str(path), str(folder)]
     done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True)
     assert done.returncode == -9, done.stderr
-    assert all(left.name.startswith(".tmp-") for left in folder.iterdir())
+    [left] = folder.iterdir()
+    assert left.name.startswith(".tmp-")
     sources = {"a": SourceConfig(str(path))}
-    again = prepare(sources, prepared_dir=folder, tokenizer=None, vocab_size=261, max_tokens=200, seed=1)
+    again = prepare(sources, Rules(max_tokens=200), prepared_dir=folder, tokenizer=None, vocab_size=261)
     assert (again.reused, len(again.train)) == (False, 600)
+    assert [entry.name for entry in folder.iterdir()] == [again.key]  # what the dead process left is gone
 
 
 def test_two_that_prepare_at_once_both_succeed(
     write_rows: Write, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     source = {"a": SourceConfig(str(write_rows([talk(1), talk(2)])))}
-    encode_all = data.prepared._encode_all
+    fill = data.prepared._fill
 
     def slower(*arguments: Any) -> Any:
-        monkeypatch.setattr(data.prepared, "_encode_all", encode_all)
+        monkeypatch.setattr(data.prepared, "_fill", fill)
         assert not run(source).reused  # the other one, from beginning to end
-        return encode_all(*arguments)
+        return fill(*arguments)
 
-    monkeypatch.setattr(data.prepared, "_encode_all", slower)
+    monkeypatch.setattr(data.prepared, "_fill", slower)
     assert len(run(source).train) == 2
     assert len(list((tmp_path / "prepared").iterdir())) == 1
 
 
-DAMAGED = ["train/tokens.npy", "validation/rows.npy", "manifest.json", "ledger.json", "tokenizer.json"]
+DAMAGED = ["tokens.npy", "train/starts.npy", "validation/rows.npy", "manifest.json", "ledger.json", "tokenizer.json"]
 
 
 @pytest.mark.parametrize("name", DAMAGED)
@@ -337,7 +337,7 @@ def test_published_rows_balance_with_the_real_vocabulary(real_rows: Path, nemo: 
         "tools": SourceConfig(str(real_rows / "sharegpt_tools.json"), validation_share=0.05),
         "alpaca": SourceConfig(str(real_rows / "alpaca.json"), rows=500),
     }
-    prepared = prepare(sources, prepared_dir=tmp_path, tokenizer=nemo, max_tokens=1024, seed=3, max_loss_share=0.2)
+    prepared = prepare(sources, Rules(1024, seed=3), prepared_dir=tmp_path, tokenizer=nemo, max_loss_share=0.2)
     prepared.ledger.balance()
     accounts = prepared.ledger.accounts
     assert (accounts["tools"].rows["read"], accounts["alpaca"].rows["read"]) == (300, 999)
@@ -347,6 +347,6 @@ def test_published_rows_balance_with_the_real_vocabulary(real_rows: Path, nemo: 
     assert len(prepared.rejects.read_text().splitlines()) == lost
     assert len(prepared.train) + len(prepared.validation) + lost == 800
     calls = [r for r in json.loads((real_rows / "sharegpt_tools.json").read_text()) if r["tools"] != "[]"]
-    text = prepared.tokenizer.decode(prepared.train.tokens[prepared.train.offsets[0] :][:20_000].tolist())
+    text = prepared.tokenizer.decode(prepared.train.tokens[:20_000].tolist())
     assert calls
     assert "<|im_start|>assistant\n" in text

@@ -1,0 +1,192 @@
+"""A stream trains each row once a pass, mixes its sources as asked, and goes on from a saved state as if never stopped."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data import DataError, Tokenizer
+from data.gates import Rules
+from data.json_rows import Row
+from data.loader import StepData, StepMaker
+from data.prepared import Prepared, prepare, streamed
+from data.sources import SourceConfig
+from data.stream import Stream
+
+Write = Callable[..., Path]
+Make = Callable[..., Stream]
+SOURCES = 2
+PACK = 96
+
+
+def rows_named(name: str, count: int) -> list[dict[str, Any]]:
+    """Conversations of different lengths; every tenth row is no conversation."""
+    said = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": f"{name} {n} " + "la" * (n % 23)}]}
+            for n in range(1, count + 1)]  # fmt: skip
+    return [row if n % 10 else {"number": n} for n, row in enumerate(said, 1)]
+
+
+@pytest.fixture
+def prepared(write_rows: Write, tokenizer: Tokenizer, tmp_path: Path) -> tuple[dict[str, SourceConfig], Prepared]:
+    validation = write_rows(rows_named("a", 5)[1:3], "v.jsonl")  # rows 2 and 3 of source a
+    sources = {
+        "a": SourceConfig(str(write_rows(rows_named("a", 90), "a.jsonl")), validation_path=str(validation)),
+        "b": SourceConfig(str(write_rows(rows_named("b", 300), "b.jsonl")), repeat=2.0),
+    }
+    folder = tmp_path / "prepared"
+    return sources, prepare(sources, Rules(PACK), prepared_dir=folder, tokenizer=tokenizer, streaming=True)
+
+
+@pytest.fixture
+def make(prepared: tuple[dict[str, SourceConfig], Prepared], tmp_path: Path) -> Make:
+    """A stream over the two sources."""
+    sources, found = prepared
+
+    def make(rejects: str = "rejects.jsonl", **more: Any) -> Stream:
+        read, left_out, held_out = streamed(found, sources)
+        settings = {"documents": 40, "packs_per_step": 4, "total_steps": 50, "seed": 3, "max_loss_share": 0.2}
+        return Stream(
+            read, left_out, Rules(PACK), found.tokenizer, StepMaker(SOURCES, PACK, 8), held_out=held_out,
+            rejects=tmp_path / rejects, **(settings | more),
+        )  # fmt: skip
+
+    return make
+
+
+def trained(data: StepData) -> list[tuple[int, int]]:
+    return [(source, row) for pack in data.rows for source, row in pack.tolist()]
+
+
+def alike(a: StepData, b: StepData) -> bool:
+    same = (np.array_equal(x.tokens, y.tokens) for x, y in zip(a.micro_batches, b.micro_batches, strict=True))
+    return all(same) and trained(a) == trained(b) and a.weight_sum == b.weight_sum
+
+
+def test_each_row_is_trained_once_a_pass_or_waits(make: Make) -> None:
+    stream = make()
+    seen: list[tuple[int, int]] = []
+    for step in range(8):
+        data = stream.step(step, 0, 1)
+        assert len(data.rows) == 4
+        assert data.fill > 0.85
+        seen += trained(data)
+        ledger = stream.ledger(step + 1)
+        for source, (name, account) in enumerate(ledger.accounts.items()):
+            rows = account.rows
+            assert rows["packed"] == sum(one == source for one, _ in seen), name
+            assert rows["invalid"] == rows["read"] // 10
+            assert stream.trained(step + 1)[0][source] == rows["packed"]
+        assert ledger.accounts["a"].rows["in_validation"] == 2
+        assert sum(account.rows["waiting"] for account in ledger.accounts.values()) < 40 + 2 * 64
+    assert len(seen) == len(set(seen))  # the first pass is not over
+    assert not {(0, 2), (0, 3)} & set(seen)  # they validate
+    assert not any(row % 10 == 0 for _, row in seen)
+
+
+def test_sources_come_in_the_proportions_of_their_repeats_and_begin_anew(make: Make) -> None:
+    stream, epochs, rows = make(total_steps=200), [0], {"a": 0, "b": 0}
+    while epochs[-1] < 2:
+        epochs.append(stream.step(len(epochs) - 1, 0, 1).epoch)
+        rows = {n: account.rows["read"] for n, account in stream.ledger(len(epochs) - 1).accounts.items()}
+        assert abs(rows["b"] - 2 * rows["a"]) <= 3 * 64
+    assert epochs == sorted(epochs)
+    assert rows["b"] >= 600  # both of its passes are over
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_all_ranks_together_train_what_one_does(make: Make, world: int) -> None:
+    alone, streams = make(), [make(f"{rank}.jsonl") for rank in range(world)]
+    for step in range(3):
+        whole = alone.step(step, 0, 1)
+        parts = [stream.step(step, rank, world) for rank, stream in enumerate(streams)]
+        assert all(trained(part) == trained(whole) and part.weight_sum == whole.weight_sum for part in parts)
+        ours = [batch.tokens.numpy().tobytes() for batch in whole.micro_batches]
+        theirs = [batch.tokens.numpy().tobytes() for part in parts for batch in part.micro_batches]
+        assert sorted(ours) == sorted(theirs)
+
+
+@pytest.mark.parametrize("stop", [1, 7, 19])
+def test_a_restored_stream_is_the_one_that_never_stopped(make: Make, tmp_path: Path, stop: int) -> None:
+    whole, first = make("whole.jsonl"), make("part.jsonl")
+    for step in range(stop):
+        whole.step(step, 0, 1)
+        first.step(step, 0, 1)
+    first.step(stop, 0, 1)  # made ahead, and lost with the process
+    saved = first.save(stop)
+    second = make("part.jsonl")
+    second.restore(saved)
+    for step in range(stop, stop + 6):
+        assert alike(whole.step(step, 0, 1), second.step(step, 0, 1))
+        assert whole.ledger(step + 1).to_json() == second.ledger(step + 1).to_json()
+    assert (tmp_path / "part.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
+    np.testing.assert_array_equal(whole.trained(2), second.trained(2))
+
+
+def test_the_seed_decides_the_packs(make: Make) -> None:
+    assert trained(make(seed=1).step(0, 0, 1)) != trained(make(seed=2).step(0, 0, 1))
+
+
+def test_steps_come_in_order(make: Make) -> None:
+    with pytest.raises(ValueError, match="step 1 is asked for; the next one is 0"):
+        make().step(1, 0, 1)
+
+
+def test_a_source_that_loses_too_much_or_has_nothing_stops(
+    make: Make, write_rows: Write, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        DataError, match=r"data.sources.[ab]: [\d.]+ % of the \d+ rows read so far are lost; expected at most 5"
+    ):
+        stream = make(max_loss_share=0.05)
+        for step in range(50):
+            stream.step(step, 0, 1)
+    silent = {"messages": [{"role": "user", "content": "hi"}]}
+    sources = {"a": SourceConfig(str(write_rows([silent] * 3, "silent.jsonl")))}
+    found = prepare(sources, Rules(PACK), prepared_dir=tmp_path / "p", tokenizer=tokenizer, streaming=True)
+    read, left_out, held_out = streamed(found, sources)
+    stream = Stream(
+        read, left_out, Rules(PACK), tokenizer, StepMaker(1, PACK, 8), held_out=held_out, documents=1, packs_per_step=1,
+        total_steps=1, seed=1, max_loss_share=1.0, rejects=tmp_path / "r.jsonl",
+    )  # fmt: skip
+    with pytest.raises(DataError, match="data.sources.a: none of its 3 rows is left to train"):
+        stream.step(0, 0, 1)
+    reasons = [json.loads(line)["gate"] for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    assert reasons == ["unweighted"] * 3
+
+
+def test_what_needs_the_whole_source_is_refused(write_rows: Write, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = str(write_rows(rows_named("a", 9)))
+    for more, message in (({"rows": 3}, "rows is 3; expected None"), ({"validation_share": 0.1}, "share is 0.1")):
+        sources = {"a": SourceConfig(path, **more)}
+        with pytest.raises(DataError, match=f"data.sources.a.*{message}.*with data.streaming"):
+            prepare(sources, Rules(PACK), prepared_dir=tmp_path, tokenizer=tokenizer, streaming=True)
+
+
+def test_a_file_that_grew_is_another_source(write_rows: Write, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = write_rows(rows_named("a", 9))
+    keys = set()
+    for _ in range(2):
+        sources = {"a": SourceConfig(str(path))}
+        keys.add(prepare(sources, Rules(PACK), prepared_dir=tmp_path, tokenizer=tokenizer, streaming=True).key)
+        path.write_text(path.read_text() + json.dumps(rows_named("a", 1)[0]) + "\n")
+    assert len(keys) == 2
+
+
+def test_a_hub_data_set_is_read_over_the_network_from_where_it_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    from data.sources import locate, rows_of
+
+    asked: list[dict[str, Any]] = []
+    table = datasets.Dataset.from_list([{"n": n} for n in range(6)])
+
+    def load(**arguments: Any) -> Any:
+        asked.append(arguments)
+        return table.to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    origin = locate("data.sources.x.path", "owner/name", "train", "a" * 40)
+    assert list(rows_of(origin, "a" * 40, (4, 4), streaming=True)) == [Row(5, {"n": 4}, 5), Row(6, {"n": 5}, 6)]
+    assert asked == [{"path": "owner/name", "split": "train", "revision": "a" * 40, "streaming": True}]

@@ -28,7 +28,7 @@ from data.tokenizer import train_tokenizer
 
 HOSTILE = (
     "", " ", "\n", "\u0000", "\ud800", "\udfff x", "<|im_end|>\n<|im_start|>assistant\n", "<s></s><pad>", "\u2028",
-    "🤖" * 99, "x" * 200_000, "a b " * 30_000, "[" * 5000, '{"a": ' * 500, "\u202e", "ﷺ" * 999, "\r\n\r\n", "None", "nan",
+    "🤖" * 99, "x" * 200_000, "a b " * 30_000, "[" * 5000, '{"a": ' * 500, "\u202e", "ﷺ" * 999, "\r\n\r\n",
 )  # fmt: skip
 ODD = (None, True, False, 0, -1, 1.5, 10**30, 10**400, 1e308, [], {}, [[]], [{}], {"": ""}, "")
 NAMES = (
@@ -52,9 +52,9 @@ def junk(draw: random.Random) -> Any:
     )()
 
 
-def mutated(value: Any, draw: random.Random) -> Any:
-    """The value with one change somewhere in it."""
-    if isinstance(value, dict) and value and draw.random() < 0.85:
+def mutated(value: Any, draw: random.Random, changed: float = 0.15) -> Any:
+    """The value with one change somewhere in it, or another value with a probability of `changed`."""
+    if isinstance(value, dict) and value and draw.random() > changed:
         key = draw.choice(list(value))
         kind = draw.random()
         if kind < 0.6:
@@ -93,7 +93,7 @@ def rows(folder: Path, count: int, seed: int) -> Any:
     for _ in range(count):
         row = draw.choice(published)
         for _ in range(draw.choice((1, 1, 2, 5))):
-            row = mutated(row, draw)
+            row = mutated(row, draw, 0.01)
         yield json.dumps(row)
 
 
@@ -104,10 +104,10 @@ def wrong(prepared: Prepared, count: int) -> list[str]:
     prepared.ledger.balance()
     if account.rows["read"] != count:
         found.append(f"{account.rows['read']} rows read of {count}")
-    lost = {json.loads(line)["row"] for line in prepared.rejects.read_text().splitlines()}
-    kept = set(prepared.train.rows.tolist()) | set(prepared.validation.rows.tolist())
-    cut = {json.loads(line)["row"] for line in prepared.rejects.read_text().splitlines() if '"gate": "cut"' in line}
-    if (lost - cut) | kept != set(range(1, count + 1)) or (lost - cut) & kept:
+    lines = [json.loads(line) for line in prepared.rejects.read_text().splitlines()]
+    lost = [line["row"] for line in lines if line["gate"] != "cut"]  # what was cut goes on
+    kept = prepared.train.rows.tolist() + prepared.validation.rows.tolist()
+    if sorted(lost + kept) != list(range(1, count + 1)):
         found.append("a row is neither kept nor lost, or both")
     for part in (prepared.train, prepared.validation):
         for index in range(len(part)):

@@ -153,14 +153,14 @@ class DataConfig:
     default_system: str | None = None
     """System message of conversations that have none; a source may set its own. null adds none."""
     deduplicate: str = "none"
-    """none, exact (same roles and texts) or near (exact, and similar texts); within and across sources, the first stays.
-    Whatever is chosen, a conversation that validates does not train."""
+    """none, exact (same roles and texts) or near (exact, and similar texts); within and across sources, the first
+    stays. Whatever is chosen, a conversation that validates does not train."""
     near_threshold: float = 0.8
     """Similarity (estimated Jaccard index of word shingles) from which conversations are near duplicates; the
     system message, letter case and punctuation do not count."""
     newline_in_content: bool = False
-    """Encode the newline after the role's name with the content and give it the content's weight, as in 2024; otherwise it
-    is part of the header, which is not trained."""
+    """Encode the newline after the role's name with the content and give it the content's weight, as in 2024; otherwise
+    it is part of the header, which is not trained."""
     train_closing_newline: bool = False
     """Give the newline after <|im_end|> the content's weight, as in 2024. No server ever asks the model for it."""
     prepared_dir: str = "prepared"

@@ -1,9 +1,7 @@
 """A resumed run equals one that never stopped."""
 
-import contextlib
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 

@@ -34,7 +34,7 @@ def test_a_make_target_exists(command: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if "magnum_train.train" in c or "magnum_train.prepare" in c])
+@pytest.mark.parametrize("command", [c for c in commands() if re.search(r"magnum_train\.(train|prepare|report)", c)])
 def test_a_training_line_composes(command: str) -> None:
     words = shlex.split(command)
     overrides = [w for w in words[words.index("-m") + 2 :] if w != "--multirun"]

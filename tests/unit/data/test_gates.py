@@ -1,4 +1,4 @@
-"""What a source's settings make of its rows: filters, cutting, forms of one's own, duplicates, sources that are absent."""
+"""What a source's settings make of its rows: filters, cuts, forms of one's own, duplicates, sources not there."""
 
 import json
 from collections.abc import Callable
@@ -252,7 +252,7 @@ def test_a_source_that_is_not_there_is_an_error_or_stands_in_the_ledger(
         DataError, match=r"data.sources.gone.path is .*no such file.*leave the source out with ~data.sources"
     ):
         run({"here": here, "gone": SourceConfig(gone.path)})
-    with pytest.raises(DataError, match="all of them were left out .gone"):
+    with pytest.raises(DataError, match=r"all of them were left out .gone"):
         run({"gone": gone})
     Path(gone.path).write_text(json.dumps(turns("a", "b")) + "\n")
     found = run({"here": here, "gone": gone})
@@ -269,7 +269,7 @@ def test_a_source_that_is_not_there_is_an_error_or_stands_in_the_ledger(
 def test_rules_that_cannot_be_meant_are_refused() -> None:
     with pytest.raises(ValueError, match="too_long is 'truncate'; expected one of drop, cut_turns, error"):
         Rules(10, too_long="truncate")
-    with pytest.raises(ValueError, match="near_threshold is 1.5; expected above 0, to 1"):
+    with pytest.raises(ValueError, match=r"near_threshold is 1.5; expected above 0, to 1"):
         Rules(10, near_threshold=1.5)
 
 

@@ -216,7 +216,6 @@ def test_validation_sees_each_document_once_on_any_number_of_ranks(make_document
 
 
 def test_validation_without_documents_is_empty(make_documents: Make) -> None:
-    documents = make_documents([10, 20], 3)
     data = Validation(make_documents([], 3), StepMaker(3, 128, 6)).batches(0, 2)
     assert (data.micro_batches, data.weight_sum, data.documents, data.rows) == ([], 0.0, 0, [])
 

@@ -1,4 +1,4 @@
-"""A stream trains each row once a pass, mixes its sources as asked, and goes on from a saved state as if never stopped."""
+"""A stream trains each row once a pass, mixes its sources as asked, and goes on as if it had never stopped."""
 
 import json
 from collections.abc import Callable
@@ -24,9 +24,11 @@ PACK = 96
 
 def rows_named(name: str, count: int) -> list[dict[str, Any]]:
     """Conversations of different lengths; every tenth row is no conversation."""
-    said = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": f"{name} {n} " + "la" * (n % 23)}]}
-            for n in range(1, count + 1)]  # fmt: skip
-    return [row if n % 10 else {"number": n} for n, row in enumerate(said, 1)]
+    rows: list[dict[str, Any]] = []
+    for n in range(1, count + 1):
+        said = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": f"{name} {n} " + "la" * (n % 23)}]
+        rows.append({"messages": said} if n % 10 else {"number": n})
+    return rows
 
 
 @pytest.fixture
@@ -137,12 +139,11 @@ def test_steps_come_in_order(make: Make) -> None:
 def test_a_source_that_loses_too_much_or_has_nothing_stops(
     make: Make, write_rows: Write, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
+    stream = make(max_loss_share=0.05)
     with pytest.raises(
         DataError, match=r"data.sources.[ab]: [\d.]+ % of the \d+ rows read so far are lost; expected at most 5"
     ):
-        stream = make(max_loss_share=0.05)
-        for step in range(50):
-            stream.step(step, 0, 1)
+        [stream.step(step, 0, 1) for step in range(50)]
     silent = {"messages": [{"role": "user", "content": "hi"}]}
     sources = {"a": SourceConfig(str(write_rows([silent] * 3, "silent.jsonl")))}
     found = prepare(sources, Rules(PACK), prepared_dir=tmp_path / "p", tokenizer=tokenizer, streaming=True)
@@ -151,7 +152,7 @@ def test_a_source_that_loses_too_much_or_has_nothing_stops(
         read, left_out, Rules(PACK), tokenizer, StepMaker(1, PACK, 8), held_out=held_out, documents=1, packs_per_step=1,
         total_steps=1, seed=1, max_loss_share=1.0, rejects=tmp_path / "r.jsonl",
     )  # fmt: skip
-    with pytest.raises(DataError, match="data.sources.a: none of its 3 rows is left to train"):
+    with pytest.raises(DataError, match=r"data.sources.a: none of its 3 rows is left to train"):
         stream.step(0, 0, 1)
     reasons = [json.loads(line)["gate"] for line in (tmp_path / "r.jsonl").read_text().splitlines()]
     assert reasons == ["unweighted"] * 3

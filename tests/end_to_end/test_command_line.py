@@ -124,11 +124,11 @@ def test_rows_that_cannot_be_used_are_accounted_for_and_the_rest_trains(tmp_path
     ended = {gate: rows for gate, rows in ledger["rows"].items() if rows}
     # The validation file is the first seven of the sixteen that can be used.
     assert ended == {"read": 27, "invalid": 3, "unweighted": 1, "in_validation": 7, "validation": 7, "packed": 9}
-    assert ledger["reasons"] == {"empty conversation": 1, "missing field": 1, "unknown role": 1}
+    assert ledger["reasons"]["invalid"] == {"empty conversation": 1, "missing field": 1, "unknown role": 1}
     assert "numbers: 1 invalid, unknown role" in done.stderr
     [rejects] = (tmp_path / "prepared").glob("*/rejects.jsonl")
     lines = rejects.read_text().splitlines()
-    assert len(lines) == 4
+    assert len(lines) == 4 + 7
     assert any("wizard" in line and "rows.jsonl" in line for line in lines)
 
 

@@ -20,7 +20,7 @@ from itertools import pairwise
 
 import numpy as np
 import rensa
-from jaxtyping import Bool, Int, Int64, Shaped, UInt8, UInt32, UInt64
+from jaxtyping import Int, Int64, Shaped, UInt8, UInt32, UInt64
 
 from data.conversation import Conversation
 
@@ -62,19 +62,22 @@ staying and so unlike each other, is what a template makes of it: it says nothin
 would take hours. Rows that are nearly equal share bands beside the template's."""
 
 
-def digest(conversation: Conversation) -> bytes:
+def digest(conversation: Conversation, *, system: bool = True) -> bytes:
     """Fingerprint of what is said and by whom.
 
     Lengths go before the texts, so that no text can imitate a boundary between messages.
 
     Args:
         conversation: its weights and its source do not matter.
+        system: whether system messages count.
 
     Returns:
         16 bytes (BLAKE2b), equal for equal roles and contents in equal order.
     """
     parts = []
     for message in conversation.messages:
+        if message.role == "system" and not system:
+            continue
         for text in (message.role.encode(), message.content.encode()):
             parts += [len(text).to_bytes(8, "little"), text]
     return hashlib.blake2b(b"".join(parts), digest_size=16).digest()
@@ -163,11 +166,11 @@ class Sketcher:
 def near(
     sketches: UInt32[np.ndarray, "rows size"],
     threshold: float,
-    candidates: Bool[np.ndarray, " rows"] | None = None,
+    order: Int64[np.ndarray, " some"] | None = None,
 ) -> Int64[np.ndarray, " rows"]:
     """Find rows that are nearly equal to one before them.
 
-    Greedy in the order of the rows: a row goes if an earlier row that stays is similar enough, so what a row
+    Greedy in the order given: a row goes if an earlier row that stays is similar enough, so what a row
     is compared with never depends on a row that is gone. Rows are compared where a band of their sketches, a
     few entries in a row, is equal, and then by the whole sketches. Bands are as long as still gives two rows
     exactly at the threshold a chance of 99.9 % to share one; above it the chance soon is certainty.
@@ -178,10 +181,11 @@ def near(
     Args:
         sketches: of one `Sketcher`; may be mapped from disk.
         threshold: least share of equal entries at which a row is a duplicate, above 0, to 1.
-        candidates: false where a row is out of the question: it neither goes nor makes others go.
+        order: the rows that are looked at, each once, the first of them first; by default all, as they stand. Others
+            neither go nor make others go.
 
     Returns:
-        For each row the index of the earliest row that makes it go, or -1 where it stays or is no candidate.
+        For each row the first row in order that makes it go, or -1 where it stays or is not looked at.
 
     Raises:
         ValueError: `threshold` out of range.
@@ -196,7 +200,7 @@ def near(
     count, size = sketches.shape
     needed = math.ceil(threshold * size - 1e-9)  # 0.7 × 10 is more than 7 by rounding
     found = np.full(count, -1, dtype=np.int64)
-    rows = np.arange(count) if candidates is None else np.flatnonzero(candidates)
+    rows = np.arange(count) if order is None else order
     members, buckets = _buckets(sketches, rows, _band_length(threshold, size))
     # Each bucket's rows that stay, from its start in `staying` on.
     starts = np.zeros(int(buckets[-1]) + 2 if len(buckets) else 1, dtype=np.int64)
@@ -210,13 +214,13 @@ def near(
     changes = np.flatnonzero(np.diff(members, prepend=-1, append=-1))
     for start, end in pairwise(changes.tolist()):
         mine = buckets[start:end]
-        row = int(members[start])
+        row = int(members[start])  # its place in `rows`, as all members and others are
         parts = [staying[starts[b] : starts[b] + lengths[b]] for b in mine[lengths[mine] > 0]]
         if parts:
             others = np.unique(np.concatenate(parts))
-            similar = np.count_nonzero(sketches[others] == sketches[row], axis=1) >= needed
+            similar = np.count_nonzero(sketches[rows[others]] == sketches[rows[row]], axis=1) >= needed
             if similar.any():
-                found[row] = others[similar.argmax()]
+                found[rows[row]] = rows[others[similar.argmax()]]
                 continue
         mine = mine[lengths[mine] < _COMPARED_A_BAND]
         staying[starts[mine] + lengths[mine]] = row
@@ -235,7 +239,7 @@ def _band_length(threshold: float, size: int) -> int:
 def _buckets(
     sketches: UInt32[np.ndarray, "rows size"], rows: Int64[np.ndarray, " some"], band: int
 ) -> tuple[Int[np.ndarray, " members"], Int[np.ndarray, " members"]]:
-    """Rows that share a band, and the number of that bucket; bucket after bucket, rows ascending in each."""
+    """Places in `rows` that share a band, and the number of that bucket; bucket after bucket, ascending in each."""
     number = np.int32 if sketches.size < 1 << 32 else np.int64  # each bucket has two of size × rows entries
     weights = _powers(_BASE, band)
     keys = np.empty(len(rows), dtype=np.uint64)
@@ -249,7 +253,7 @@ def _buckets(
         again[1:-1] = np.diff(keys[order]) == 0
         shared = again[:-1] | again[1:]
         numbers = np.cumsum(~again[:-1][shared])
-        members.append(rows[order[shared]].astype(number))
+        members.append(order[shared].astype(number))
         buckets.append((numbers + (count - 1)).astype(number))
         count += int(numbers[-1]) if len(numbers) else 0
     return np.concatenate(members), np.concatenate(buckets)

@@ -9,7 +9,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from jaxtyping import Float32, Float64, Int32, Int64
 from numpy.typing import NDArray
 
 from data.chatml import EncodedBatch, EncodeOptions, encode_batch
-from data.conversation import FORMS, Conversation, parse, parse_own
+from data.conversation import FORMS, TEXT, Conversation, parse, parse_own
 from data.dotted import Dotted, load_dotted
 from data.duplicates import ALGORITHM, digest
 from data.errors import DataError, RowError
@@ -32,6 +32,9 @@ DEDUPLICATE = ("none", "exact", "near")
 
 _BATCH_ROWS, _BATCH_CHARACTERS = 2048, 4_000_000
 """Rows encoded at a time: enough to keep all cores busy, few enough that memory stays bounded."""
+
+_MOST_CHARACTERS = 4_000_000
+"""Of one conversation: a million tokens or so, more than any pack. Encoding a longer one takes gigabytes of memory."""
 
 _AHEAD = 2
 """Batches that are encoded while others are read and written: one would leave cores idle in between."""
@@ -146,8 +149,9 @@ class Reader:
         there = {message.role for message in messages if message.content.strip()}
         if missing := [role for role in chosen.require_roles if role not in there]:
             return f"no {missing[0]}"
+        looked_at = {*chosen.exclude_in, TEXT}  # prose has no roles to choose from
         for pattern in self._patterns:
-            if any(message.role in chosen.exclude_in and pattern.search(message.content) for message in messages):
+            if any(message.role in looked_at and pattern.search(message.content) for message in messages):
                 return f"matches {pattern.pattern}"
         if self._predicate is not None and not _asked(self._predicate, conversation):
             return f"refused by {self._predicate.name}"
@@ -158,17 +162,17 @@ class Taken(NamedTuple):
     """A conversation on its way to the encoder.
 
     Attributes:
-        row: where it stood.
+        number: of its row (see `json_rows.Row`); the row's other columns are let go.
+        end: how far the reader is after it.
         conversation: what it says.
-        digest: by which equal conversations are known, 16 bytes.
         refusal: why the filter leaves it out; None where it does not. Such a one is encoded too, for the ledger
             counts its tokens.
         held_out: it is for validation.
     """
 
-    row: Row
+    number: int
+    end: int
     conversation: Conversation
-    digest: bytes
     refusal: str | None
     held_out: bool
 
@@ -240,6 +244,8 @@ def take(
             continue
         try:
             conversation = reader.parse(row.value)
+            if (size := sum(len(message.content) for message in conversation.messages)) > _MOST_CHARACTERS:
+                raise RowError("too long to encode", f"{size:,} characters; the most is {_MOST_CHARACTERS:,}")
             refusal = reader.refusal(conversation)
         except RowError as error:
             if ledger is not None:
@@ -248,10 +254,11 @@ def take(
                 shown = None if isinstance(row.value, RowError) else row.value
                 rejects.add(reader.name, origin.name, row.number, "invalid", str(error), shown)
             continue
-        known_by = digest(conversation)
-        # By the text alone, so that a row stays on its side whatever is added around it.
-        held_out = validation or (share > 0 and int.from_bytes(known_by[:8], "big") < share * 2.0**64)
-        yield Taken(row, conversation, known_by, refusal, held_out)
+        # By what is said alone, so that a row stays on its side whatever is added around it, a system message too.
+        held_out = validation or (
+            share > 0 and int.from_bytes(digest(conversation, system=False)[:8], "big") < share * 2.0**64
+        )
+        yield Taken(row.number, row.end, conversation, refusal, held_out)
 
 
 def batches(taken: Iterable[Taken]) -> Iterator[list[Taken]]:
@@ -290,6 +297,7 @@ class Kept:
     """What is left of a batch, as arrays.
 
     Args:
+        conversations: what is said in each, as far as it stays.
         tokens: ids of all, one after another.
         weights: loss weight of each token.
         lengths: tokens of each.
@@ -299,6 +307,7 @@ class Kept:
         weighted_tokens: number of its tokens whose weight is not 0.
     """
 
+    conversations: list[Conversation]
     tokens: Int32[np.ndarray, "tokens"]
     weights: Float32[np.ndarray, "tokens"]
     lengths: Int64[np.ndarray, "kept"]
@@ -306,6 +315,16 @@ class Kept:
     scales: Float64[np.ndarray, "kept"]
     weight_sums: Float64[np.ndarray, "kept"]
     weighted_tokens: Int64[np.ndarray, "kept"]
+
+    @property
+    def digests(self) -> list[bytes]:
+        """By which equal conversations are known, 16 bytes each."""
+        return [digest(conversation) for conversation in self.conversations]
+
+    @property
+    def spoken(self) -> list[bytes]:
+        """The same without system messages: by which it is known whether a conversation validates."""
+        return [digest(conversation, system=False) for conversation in self.conversations]
 
 
 def sift(
@@ -331,12 +350,12 @@ def sift(
     ledger.read(reader.name, rows=0, tokens=int(sizes.sum()))
     scales = np.array([one.conversation.weight for one in batch]) * reader.config.loss_weight
     heaviest = np.maximum.reduceat(codes.weights, starts) * scales
-    lengths = sizes.copy()
+    lengths, conversations = sizes.copy(), [one.conversation for one in batch]
 
     def end(index: int, gate: str, reason: str, kind: str | None = None) -> None:
         lengths[index] = 0
         ledger.ended(reader.name, gate, tokens=int(sizes[index]), reason=kind)
-        rejects.add(reader.name, origin.name, batch[index].row.number, gate, reason)
+        rejects.add(reader.name, origin.name, batch[index].number, gate, reason)
 
     for index, refusal in _refusals(batch, sizes, reader):
         end(index, "filtered", refusal, refusal)
@@ -348,7 +367,7 @@ def sift(
         found = f"{sizes[index]:,} tokens; the most is {limit:,}"
         if reader.rules.too_long == "error":
             raise DataError(
-                f"data.sources.{reader.name}: {origin.name}, row {batch[index].row.number} has {found} "
+                f"data.sources.{reader.name}: {origin.name}, row {batch[index].number} has {found} "
                 "(data.max_tokens, or data.pack_tokens); raise it, or choose data.too_long=drop or cut_turns"
             )
         kept, message = _cut(codes, index, limit) if reader.rules.too_long == "cut_turns" else (0, 0)
@@ -356,9 +375,10 @@ def sift(
             end(index, "too_long", found + (", and no turn that is trained ends before" if message else ""))
             continue
         lengths[index] = kept
+        conversations[index] = replace(conversations[index], messages=conversations[index].messages[:message])
         ledger.was_cut(reader.name, 1, int(sizes[index]) - kept)
         of = f"message {message} of {codes.message_counts[index]}"
-        rejects.add(reader.name, origin.name, batch[index].row.number, "cut", f"{found}; {kept:,} up to {of} stay")
+        rejects.add(reader.name, origin.name, batch[index].number, "cut", f"{found}; {kept:,} up to {of} stay")
     indices = np.flatnonzero(lengths)
     tokens, weights = codes.tokens, codes.weights
     if lengths.sum() < len(tokens):
@@ -371,7 +391,8 @@ def sift(
     some = len(indices) > 0  # reduceat knows no empty result
     sums = np.add.reduceat(weights, bounds, dtype=np.float64) if some else np.zeros(0)
     counts = np.add.reduceat(weights != 0, bounds, dtype=np.int64) if some else np.zeros(0, np.int64)
-    return Kept(tokens, weights, lengths, indices, scales[indices], sums, counts)
+    kept_conversations = [conversations[index] for index in indices.tolist()]
+    return Kept(kept_conversations, tokens, weights, lengths, indices, scales[indices], sums, counts)
 
 
 def _refusals(batch: Sequence[Taken], sizes: NDArray[np.int64], reader: Reader) -> Iterator[tuple[int, str]]:

@@ -60,7 +60,7 @@ def count_json_rows(file: Path, key: str) -> int:
     if file.suffix.lower() == ".json" and _is_list(file):
         return sum(1 for _ in _List(file, key).rows())
     with file.open("rb") as stream:
-        return sum(1 for line in stream if line.removeprefix(_BOM).strip())
+        return sum(1 for line in stream if line.removeprefix(_BOM).strip(_BLANK.encode()))
 
 
 def _is_list(file: Path) -> bool:
@@ -74,14 +74,15 @@ def _lines(file: Path, key: str, number: int, end: int) -> Iterator[Row]:
         for number, raw in enumerate(stream, number + 1):  # noqa: B020 - goes on from where it was
             start, end = end, end + len(raw)
             text = _decoded(file, key, raw, number, start)
-            if text and not text.isspace():
+            if text.strip(_BLANK):
                 try:
                     value: Any = json.loads(text)
                 except RecursionError:
                     value = _too_deep()
+                except json.JSONDecodeError as error:
+                    _refuse(file, key, number, error.colno, error.msg)
                 except ValueError as error:
-                    line, column = number, getattr(error, "colno", 1)
-                    _refuse(file, key, line, column, getattr(error, "msg", str(error)))
+                    value = RowError("number too long", f"the row holds a number that is too long ({error})")
                 yield Row(number, value, end)
 
 
@@ -155,7 +156,7 @@ class _List:
             try:
                 value, end = decoder.raw_decode(self._text, start)
             except RecursionError:
-                return self._skip(stream)
+                return self._skip(stream, _too_deep())
             except json.JSONDecodeError as error:
                 cut = error.msg.startswith("Unterminated string") or error.pos >= len(self._text) - _LONGEST_WORD
                 if not cut:
@@ -163,6 +164,9 @@ class _List:
                 if not self._more(stream):
                     self._fail(error.pos - start, error.msg)
                 continue
+            except ValueError as error:
+                why = f"the row holds a number that is too long ({error})"
+                return self._skip(stream, RowError("number too long", why))
             if end + _LONGEST_WORD < len(self._text):
                 self._at = end
                 return value
@@ -170,11 +174,13 @@ class _List:
                 self._at = end - start
                 return value
 
-    def _skip(self, stream: BinaryIO) -> RowError:
-        """Pass over an element that is nested too deeply to be parsed, by its brackets."""
+    def _skip(self, stream: BinaryIO, lost: RowError) -> RowError:
+        """Pass over an element that cannot be parsed, by its brackets, up to the comma or bracket behind it."""
         depth, quoted = 0, False
         while self._at < len(self._text) or self._more(stream):
             mark = self._text[self._at]
+            if not depth and not quoted and mark in ",]":
+                return lost
             if mark == "\\" and quoted:
                 self._at += 1
             elif mark == '"':
@@ -184,8 +190,6 @@ class _List:
             elif not quoted and mark in "]}":
                 depth -= 1
             self._at += 1
-            if not depth:
-                return _too_deep()
         self._fail(self._at, "Expecting ',' delimiter")
 
     def _next(self, stream: BinaryIO) -> str:
@@ -200,8 +204,8 @@ class _List:
 
     def _more(self, stream: BinaryIO) -> bool:
         """Move the window on; False at the end of the file."""
-        gone, self._text = self._text[: self._at], self._text[self._at :]
-        self._at = 0
+        gone, self._text, beyond = self._text[: self._at], self._text[self._at :], self._at - len(self._text)
+        self._at = max(0, beyond)  # an escaped character may be the next window's first
         self._line, self._column = _after(gone, self._line, self._column)
         if len(self._text) > _LARGEST_ROW:
             self._fail(0, f"a row of more than {_LARGEST_ROW:,} characters")

@@ -16,10 +16,10 @@ GATES = (
     "filtered",
     "unweighted",
     "too_long",
+    "cut",
+    "in_validation",
     "duplicate",
     "near_duplicate",
-    "in_validation",
-    "cut",
     "waiting",
     "validation",
     "packed",
@@ -27,9 +27,12 @@ GATES = (
 """Where a row ends, in the order in which it is asked; each row that was read ends in exactly one.
 
 unsampled: not drawn. invalid: no conversation. filtered: left out by the source's filter. unweighted: nothing in it is
-trained. too_long: more tokens than `data.max_tokens`. duplicate, near_duplicate: another one stays.
-in_validation: it would train what validates. cut: tokens alone, those behind the turn at which a long conversation was
-cut. waiting: read from a stream, and not yet in a step."""
+trained. too_long: more tokens than `data.max_tokens`. cut: tokens alone, those behind the turn at which a long
+conversation was cut. in_validation: it would train what validates. duplicate, near_duplicate: another one stays.
+waiting: read from a stream, and not yet in a step."""
+
+LOSSES = ("invalid", "unweighted", "too_long", "cut")
+"""Gates at which something is lost that nobody asked to leave out."""
 
 REASONED = ("invalid", "filtered")
 """Gates that have several reasons, which the ledger counts apart."""
@@ -134,10 +137,16 @@ class Ledger:
                     raise ValueError(f"source {name}: {account.rows[gate]} rows {gate}, reasons {reasons}")
 
     def loss_share(self, source: str) -> float:
-        """Share of a source's drawn rows that were lost as invalid, too long or unweighted, from 0 to 1."""
-        rows = self.accounts[source].rows
-        drawn = rows["read"] - rows["unsampled"]
-        return (rows["invalid"] + rows["too_long"] + rows["unweighted"]) / drawn if drawn else 0.0
+        """Share of a source that was lost, from 0 to 1: of its drawn rows or of their tokens, whichever is larger.
+
+        Lost is what is invalid, unweighted, too long or cut; not what somebody asked to leave out.
+        """
+        account = self.accounts[source]
+        lost, drawn = (
+            [sum(counts[gate] for gate in gates) for counts in (account.rows, account.tokens)]
+            for gates in (LOSSES, [gate for gate in GATES if gate != "unsampled"])
+        )
+        return max(part / whole if whole else 0.0 for part, whole in zip(lost, drawn, strict=True))
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for a JSON file."""
@@ -185,8 +194,8 @@ class Ledger:
             if account.cut_rows:
                 lost = account.tokens["cut"] / account.tokens["read"]
                 said.append(
-                    f"{name}: {account.cut_rows:,} conversations cut at a turn's end, {account.tokens['cut']:,} tokens "
-                    f"fell off ({100 * lost:.1f} % of the source's)"
+                    f"{name}: conversations cut at a turn's end: {account.cut_rows:,}, {account.tokens['cut']:,} "
+                    f"tokens fell off ({100 * lost:.1f} % of the source's)"
                 )
         return said
 

@@ -6,10 +6,11 @@ Owns the cache and its layout:
                      tokens.npy  weights.npy  train/*.npy  validation/*.npy
 
 KEY is a hash of all that decides the contents, and of nothing else: the bytes of the source files but not
-their folders, the sources' settings, the rules, the tokenizer. So the folder may be copied to another machine and be
-found there. Knows no packs, no steps and no ranks; prints nothing.
+their names and folders, the sources' settings, the rules, the tokenizer. So the folder may be copied to another
+machine and be found there. Knows no packs, no steps and no ranks; prints nothing.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -18,33 +19,27 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from data.documents import COLUMNS, TOKENS, Column, Documents, map_part, write_part
-from data.duplicates import Sketcher, exact, near
+from data.documents import Documents, map_part
 from data.errors import DataError
-from data.gates import Kept, Progress, Reader, Rejects, Rules, Taken, batches, encoded, sift, take
-from data.ledger import GATES, Ledger
-from data.sources import Origin, SourceConfig, count_rows, draw, fingerprint, head_print, locate, rows_of, size
+from data.gates import Progress, Rules
+from data.ledger import LOSSES, Ledger
+from data.reading import SKIPPED, UNKNOWN, Reading
+from data.sources import Origin, SourceConfig, locate
+from data.stage import fill
 from data.tokenizer import Tokenizer, train_tokenizer
-
-ENCODING_VERSION = 2
-"""Raised by whoever changes what a row becomes, so that sets prepared before are not taken for new ones."""
 
 _ABANDONED_SECONDS = 86_400
 """Age at which another host's unfinished set is taken for that of a process that died, and removed."""
 
-_COMPARED = ("packed", "validation", "in_validation", "duplicate", "near_duplicate")
-"""Gates that look at more than one conversation, and what is left."""
-
-_SKIPPED = "skipped"
-"""Stands for the contents of a source that is left out."""
+_NAMES = ("name", "revision")
+"""What a person calls a file's contents, in a manifest's parts."""
 
 _HOST = re.sub(r"[^A-Za-z0-9.]", "", platform.node()) or "host"
 
@@ -103,7 +98,8 @@ def prepare(
         vocab_size: ids of the tokenizer to train; needed exactly where `tokenizer` is None.
         max_loss_share: largest share of a source's drawn rows that may be lost as invalid, unweighted or too long, from
             0 to 1. Judged per source, since a large source would hide the ruin of a small one.
-        known: key of the set that is meant where source files are absent and several sets would do.
+        known: key of the set that a run began with: it serves where nobody can tell that the sources are other ones,
+            and where a hub data set without a fixed revision has moved on since.
         progress: told how far each source is, where a set is made.
         streaming: the training rows are left to `stream.py`; only validation files are prepared. Needs a tokenizer.
 
@@ -118,16 +114,16 @@ def prepare(
         raise ValueError("give a tokenizer, or the vocab_size of one to train, and not both")
     if not sources:
         raise DataError("data.sources is empty; expected at least one source, like data.sources.NAME.path=FILE")
-    plan = _Plan(dict(sorted(sources.items())), rules, streaming)
+    reading = Reading(dict(sorted(sources.items())), rules, streaming)
     vocabulary = {"digest": tokenizer.digest} if tokenizer is not None else {"train": vocab_size}
-    folder, reused, notes = _find(Path(prepared_dir), vocabulary, plan, known)
+    folder, reused, notes = _find(Path(prepared_dir), vocabulary, reading, known)
     if not reused:
-        _make(folder, plan.parts(vocabulary, skip=True), plan, tokenizer, vocab_size, progress)
+        _make(folder, reading.parts(vocabulary, skip=True), reading, tokenizer, vocab_size, progress)
     prepared = replace(open_prepared(folder, tokenizer), reused=reused, notes=notes)
     for name, account in prepared.ledger.accounts.items():
         most, there = sources[name].rows, account.rows["read"]
-        if most is not None and there < most and not account.skipped:
-            said = f"data.sources.{name}.rows is {most:,}; there are {there:,}, and all of them are taken"
+        if most is not None and not account.rows["unsampled"] and there != most and not account.skipped:
+            said = f"data.sources.{name}.rows is {most:,}; there are not more, and all of them are taken"
             prepared = replace(prepared, notes=(*prepared.notes, said))
     _judge(prepared, max_loss_share, rules.max_tokens, streaming)
     return prepared
@@ -147,12 +143,19 @@ def open_prepared(folder: str | Path, tokenizer: Tokenizer | None = None) -> Pre
         DataError: it is not there, or damaged.
     """
     folder = Path(folder)
-    manifest = _load_json(folder / "manifest.json")
-    ledger = Ledger.from_json(_load_json(folder / "ledger.json"))
+    manifest, counts = _load_json(folder / "manifest.json"), _load_json(folder / "ledger.json")
+    try:
+        ledger, names = Ledger.from_json(counts), sorted(manifest["parts"]["sources"])
+        digest, file_digest = manifest["tokenizer_digest"], manifest["tokenizer_file"]
+    except (KeyError, TypeError, AttributeError) as error:
+        found = f"{type(error).__name__}: {error}"
+        raise DataError(
+            f"{folder}: manifest.json or ledger.json is damaged ({found}); delete it and start again"
+        ) from error
     ledger.balance()
-    if _file_digest(folder / "tokenizer.json") != manifest["tokenizer_file"]:
+    if _file_digest(folder / "tokenizer.json") != file_digest:
         raise DataError(f"{folder / 'tokenizer.json'} was changed; delete {folder} and start again")
-    if tokenizer is None or tokenizer.digest != manifest["tokenizer_digest"]:
+    if tokenizer is None or tokenizer.digest != digest:
         tokenizer = Tokenizer.from_file(folder / "tokenizer.json")
     return Prepared(
         folder=folder,
@@ -162,7 +165,7 @@ def open_prepared(folder: str | Path, tokenizer: Tokenizer | None = None) -> Pre
         tokenizer=tokenizer,
         train=map_part(folder, "train", sum(a.rows["packed"] for a in ledger.accounts.values())),
         validation=map_part(folder, "validation", sum(a.rows["validation"] for a in ledger.accounts.values())),
-        sources=tuple(sorted(manifest["parts"]["sources"])),
+        sources=tuple(names),
         ledger=ledger,
         rejects=folder / "rejects.jsonl",
     )
@@ -189,128 +192,49 @@ def streamed(
             continue
         origin = locate(f"data.sources.{name}.path", config.path, config.split, config.revision)
         read[name] = config, origin, None if origin.file is not None else parts[name]["files"][0]["contents"]
-    digests = np.load(prepared.folder / "validation" / "digests.npy")
+    digests = np.load(prepared.folder / "validation" / "spoken.npy")
     return read, left_out, frozenset(digest.ljust(16, b"\0") for digest in digests.tolist())
 
 
-class _Plan:
-    """What will be read: each source's reader, where its rows lie, and which of these places are not there."""
-
-    def __init__(self, sources: Mapping[str, SourceConfig], rules: Rules, streaming: bool) -> None:
-        self.rules, self.streaming = rules, streaming
-        self.readers = {name: Reader(name, config, rules) for name, config in sources.items()}
-        self.origins: dict[str, list[Origin]] = {}
-        for name, config in sources.items():
-            key = f"data.sources.{name}"
-            for field, unset in (("rows", None), ("validation_share", 0.0)):
-                if streaming and (found := getattr(config, field)) != unset:
-                    raise DataError(
-                        f"{key}.{field} is {found}; expected {unset} with data.streaming, since the whole source is "
-                        "not known. Leave it unset; validation_path takes validation from a file of its own"
-                    )
-            paths = {"path": config.path} | (
-                {"validation_path": config.validation_path} if config.validation_path is not None else {}
-            )
-            self.origins[name] = [
-                locate(f"{key}.{field}", path, config.split, config.revision) for field, path in paths.items()
-            ]
-        self.prints: dict[Origin, str | None] = {}
-        self.unreachable: dict[Origin, str] = {}
-        for origin in (origin for origins in self.origins.values() for origin in origins):
-            try:
-                training = streaming and origin.key.endswith(".path")
-                self.prints[origin] = head_print(origin) if training else fingerprint(origin)
-            except ConnectionError as error:
-                self.prints[origin], self.unreachable[origin] = None, str(error)
-        for name, origins in self.origins.items():
-            if len(origins) == 2 and None is not self.prints[origins[0]] == self.prints[origins[1]]:
-                raise DataError(
-                    f"data.sources.{name}.validation_path has the same contents as its path; expected other "
-                    "rows, or use validation_share"
-                )
-
-    def parts(self, vocabulary: Mapping[str, Any], *, skip: bool = False) -> dict[str, Any]:
-        """All that decides the contents, and nothing of where the files lie.
-
-        Args:
-            vocabulary: what decides the tokenizer.
-            skip: whether a source that may be left out is, where it is not there; else its contents are unknown.
-        """
-        described: dict[str, Any] = {}
-        for name, reader in self.readers.items():
-            files = [
-                {"name": origin.name, "contents": self.prints[origin]}
-                | ({"split": origin.split, "revision": origin.revision} if origin.file is None else {})
-                for origin in self.origins[name]
-            ]
-            if skip and self.skipped(name):
-                for file in files:
-                    file["contents"] = _SKIPPED
-            described[name] = {**reader.key_parts(), "files": files}
-        drawn = any(reader.config.rows is not None for reader in self.readers.values())
-        return {
-            "encoding_version": ENCODING_VERSION,
-            "streaming": self.streaming,
-            "tokenizer": dict(vocabulary),
-            "data": self.rules.key_parts(),
-            "seed": self.rules.seed if drawn else None,
-            "sources": described,
-        }
-
-    def skipped(self, name: str) -> str:
-        """Why a source is left out; empty where it is not."""
-        origin = self.origins[name][0]
-        if self.prints[origin] is not None or self.readers[name].config.missing != "skip":
-            return ""
-        return "" if origin in self.unreachable else f"{origin.path} is not there (missing=skip)"
-
-    def absent(self, *, skip: bool) -> list[Origin]:
-        """Places that are not there, with or without those of sources that may be left out."""
-        return [
-            origin
-            for name, origins in self.origins.items()
-            for origin in origins
-            if self.prints[origin] is None and not (skip and self.skipped(name))
-        ]
-
-    def conversations(
-        self, name: str, place: int, ledger: Ledger | None = None, rejects: Rejects | None = None
-    ) -> Iterator[Taken]:
-        """A source's usable rows, of one of its places; the others go to the ledger and the rejects file."""
-        reader, origin = self.readers[name], self.origins[name][place]
-        commit, most = self.prints[origin], reader.config.rows
-        drawn: NDArray[np.bool_] | None = None
-        if most is not None and place == 0:
-            drawn = draw(count_rows(origin, commit), most, self.rules.seed, name)
-        yield from take(reader, rows_of(origin, commit), origin, ledger, rejects, drawn, validation=place == 1)
+def _keyed(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Parts without what a person calls the files: contents tell them apart."""
+    sources = {
+        name: {**part, "files": [{k: v for k, v in file.items() if k not in _NAMES} for file in part["files"]]}
+        for name, part in parts["sources"].items()
+    }
+    return {**parts, "sources": sources}
 
 
 def _key(parts: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(_keyed(parts), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _find(
-    prepared_dir: Path, vocabulary: Mapping[str, Any], plan: _Plan, known_key: str | None
+    prepared_dir: Path, vocabulary: Mapping[str, Any], reading: Reading, known: str | None
 ) -> tuple[Path, bool, tuple[str, ...]]:
-    """Look for a set with these parts; where files are absent, for one made from files of their names.
+    """Look for a set with these parts; where nobody knows what is in a place, for one made from files of its name.
 
     Returns:
         The set's folder, whether it is there, and notes.
 
     Raises:
-        DataError: files are absent, and no set or several sets were made from files of their names.
+        DataError: places are not there, and no set or several sets were made from files of their names.
     """
-    parts = plan.parts(vocabulary, skip=True)
+    parts = reading.parts(vocabulary, skip=True)
     folder = prepared_dir / _key(parts)
-    left_out = tuple(f"{name} is left out: {why}" for name in plan.readers if (why := plan.skipped(name)))
-    if not plan.absent(skip=True) and (folder / "manifest.json").is_file():
-        return folder, True, left_out
+    left_out = tuple(f"{name} is left out: {why}" for name in reading.readers if (why := reading.skipped(name)))
     manifests = sorted(prepared_dir.glob("*/manifest.json"), key=lambda file: file.stat().st_mtime, reverse=True)
-    there = [(file.parent, parts_of) for file in manifests if (parts_of := _parts_of(file)) is not None]
-    if absent := plan.absent(skip=False):
-        asked = plan.parts(vocabulary)
-        fitting = [found for found, theirs in there if not _differences(theirs, asked, wildcard=True)]
-        fitting = [found for found in fitting if found.name == known_key] or fitting
+    there = {file.parent: parts_of for file in manifests if (parts_of := _parts_of(file)) is not None}
+    asked = reading.parts(vocabulary, skip=False)
+    begun_with = prepared_dir / (known or "")
+    begun = there.get(begun_with) if begun_with != folder else None
+    if begun is not None and not _differences(begun, _unpinned(asked), wildcard=True):
+        note = f"using {known}, with which the run began; sources that it came from are not here, or have moved on"
+        return begun_with, True, (note,)
+    if not reading.absent(skip=True) and folder in there:
+        return folder, True, left_out
+    if absent := reading.absent(skip=False):
+        fitting = [found for found, theirs in there.items() if not _differences(theirs, asked, wildcard=True)]
         names = ", ".join(origin.name for origin in absent)
         if len(fitting) > 1:
             raise DataError(
@@ -321,17 +245,22 @@ def _find(
             note = f"not here: {names}; using {fitting[0].name}, prepared from files of the same names"
             return fitting[0], True, (note,)
     # Of those made of the same sources the nearest says most: the newest may have nothing to do with this run.
-    same = [(found, theirs) for found, theirs in there if theirs.get("sources", {}).keys() == parts["sources"].keys()]
-    nearest = min(((_differences(theirs, parts), found) for found, theirs in same or there), key=_number, default=None)
+    same = {found: theirs for found, theirs in there.items() if theirs["sources"].keys() == parts["sources"].keys()}
+    missing = reading.absent(skip=True)
+    differing = [
+        (_differences(theirs, asked, wildcard=True) if missing else _differences(_keyed(theirs), _keyed(parts)), found)
+        for found, theirs in (same or there).items()
+    ]
+    nearest = min(differing, key=lambda one: len(one[0]), default=None)
     changed = "" if nearest is None else f"{nearest[1].name}, the nearest set in {prepared_dir}, differs: "
     changed += "" if nearest is None else "; ".join(nearest[0])
-    if missing := plan.absent(skip=True):
+    if missing:
         origin = missing[0]
         looked = "the hub has no such data set, or it is private"
         if origin.file is not None:
             looked = f"no such file, looked for {origin.file.absolute()}"
-        elif origin in plan.unreachable:
-            looked = f"the hub cannot be reached ({plan.unreachable[origin]})"
+        elif origin in reading.unreachable:
+            looked = f"the hub cannot be reached or does not give it ({reading.unreachable[origin]})"
         raise DataError(
             f"{origin.key} is {origin.path!r}: {looked}; and {prepared_dir} holds no set prepared from it "
             "with these settings. Correct the path, copy the prepared set here, or leave the source out with "
@@ -340,8 +269,16 @@ def _find(
     return folder, False, ((f"prepared anew: {changed}",) if changed else ()) + left_out
 
 
-def _number(one: tuple[list[str], Path]) -> int:
-    return len(one[0])
+def _unpinned(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Parts in which the contents of hub data sets without a fixed revision are unknown."""
+    sources = {}
+    for name, part in parts["sources"].items():
+        files = [
+            {**file, "contents": None} if file.get("revision", "") is None and file["contents"] != UNKNOWN else file
+            for file in part["files"]
+        ]
+        sources[name] = {**part, "files": files}
+    return {**parts, "sources": sources}
 
 
 def _parts_of(manifest: Path) -> Any:
@@ -349,13 +286,15 @@ def _parts_of(manifest: Path) -> Any:
     if manifest.parent.name.startswith("."):
         return None
     try:
-        return json.loads(manifest.read_text(encoding="utf-8"))["parts"]
-    except (OSError, ValueError, KeyError, TypeError):
+        parts = json.loads(manifest.read_text(encoding="utf-8"))["parts"]
+        _key(parts)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+    return parts
 
 
 def _differences(old: Any, new: Any, place: str = "", wildcard: bool = False) -> list[str]:
-    """Places where two manifests' parts differ; with `wildcard`, unknown contents in the new equal any."""
+    """Places where two manifests' parts differ; with `wildcard`, contents that nobody knows equal any."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         found = []
         for name in sorted({*old, *new}):
@@ -365,7 +304,9 @@ def _differences(old: Any, new: Any, place: str = "", wildcard: bool = False) ->
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         pairs = enumerate(zip(old, new, strict=True))
         return [d for n, (a, b) in pairs for d in _differences(a, b, f"{place}[{n}]", wildcard)]
-    if old == new or (wildcard and new is None and place.endswith(".contents") and old != _SKIPPED):
+    if old == new:
+        return []
+    if wildcard and place.endswith(".contents") and (new == UNKNOWN or (new is None and old != SKIPPED)):
         return []
     return [f"{place} was {_short(old)}, is {_short(new)}"]
 
@@ -378,7 +319,7 @@ def _short(value: Any) -> str:
 def _make(
     folder: Path,
     parts: Mapping[str, Any],
-    plan: _Plan,
+    reading: Reading,
     tokenizer: Tokenizer | None,
     vocab_size: int | None,
     progress: Progress | None,
@@ -397,9 +338,9 @@ def _make(
             fcntl.flock(lock, fcntl.LOCK_EX)  # gone with this process, whatever ends it
             if tokenizer is None:
                 assert vocab_size is not None
-                tokenizer = train_tokenizer(_training_texts(plan), vocab_size)
+                tokenizer = train_tokenizer(reading.training_texts(), vocab_size)
             tokenizer.save(aside / "tokenizer.json")
-            ledger = _fill(aside, plan, tokenizer, progress)
+            ledger = fill(aside, reading, tokenizer, progress)
             ledger.balance()
             _write_json(aside / "ledger.json", ledger.to_json())
             digests = {
@@ -409,6 +350,13 @@ def _make(
             aside.chmod(0o755)  # a temporary folder is closed to others; a prepared set is not
             (aside / "lock").unlink()
             _give_name(aside, folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        raise DataError(
+            f"data.prepared_dir is {str(folder.parent)!r}: {error.strerror}; expected room for 8 bytes of each token. "
+            "Free some, or choose another folder"
+        ) from error
     finally:
         if aside.is_dir():
             shutil.rmtree(aside)
@@ -444,136 +392,6 @@ def _remove_abandoned(prepared_dir: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)  # another process may remove it at the same time
 
 
-def _training_texts(plan: _Plan) -> Iterator[str]:
-    for name in plan.readers:
-        if not plan.skipped(name):
-            for taken in plan.conversations(name, 0):
-                if not taken.held_out and taken.refusal is None:
-                    yield from (message.content for message in taken.conversation.messages)
-
-
-class _Stage:
-    """What is known of each conversation that has passed the gates that look at one alone, in columns on disk."""
-
-    KINDS: Mapping[str, Any] = COLUMNS | {"place": np.int8, "held_out": np.bool_, "digest": np.dtype("S16")}
-
-    def __init__(self, folder: Path, sketcher: Sketcher | None) -> None:
-        self._folder, self._sketcher = folder, sketcher
-        (folder / "stage").mkdir()
-        self._columns = {n: Column(folder / f"{n}.npy", np.dtype(kind)) for n, kind in TOKENS.items()}
-        self._columns |= {n: Column(folder / "stage" / f"{n}.npy", np.dtype(k)) for n, k in self.KINDS.items()}
-        if sketcher is not None:
-            self._columns["sketch"] = Column(folder / "stage" / "sketch.npy", np.dtype(np.uint32))
-        self._end = 0
-
-    def add(self, batch: list[Taken], kept: Kept, source: int, place: int) -> None:
-        """Add what is left of a batch."""
-        ones = [batch[index] for index in kept.indices.tolist()]
-        count = len(ones)
-        values: dict[str, Any] = {
-            "tokens": kept.tokens,
-            "weights": kept.weights,
-            "starts": self._end + np.cumsum(kept.lengths) - kept.lengths,
-            "lengths": kept.lengths,
-            "sources": np.full(count, source),
-            "rows": [one.row.number for one in ones],
-            "scales": kept.scales,
-            "weight_sums": kept.weight_sums,
-            "weighted_tokens": kept.weighted_tokens,
-            "place": np.full(count, place),
-            "held_out": [one.held_out for one in ones],
-            "digest": np.frombuffer(b"".join(one.digest for one in ones), "S16"),
-        }
-        if self._sketcher is not None:
-            values["sketch"] = self._sketcher.sketch([one.conversation for one in ones]).ravel()
-        for name, value in values.items():
-            self._columns[name].extend(value)
-        self._end += int(kept.lengths.sum())
-
-    def __enter__(self) -> "_Stage":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for column in self._columns.values():
-            column.close()
-
-    def mapped(self) -> dict[str, NDArray[Any]]:
-        """The columns of the conversations, once the files are closed."""
-        files = {name: self._folder / "stage" / f"{name}.npy" for name in self._columns if name not in TOKENS}
-        return {name: np.load(file, mmap_mode="r" if self._end else None) for name, file in files.items()}
-
-
-def _fill(aside: Path, plan: _Plan, tokenizer: Tokenizer, progress: Progress | None) -> Ledger:
-    """Take every row of every source through the gates, and write what is left."""
-    ledger = Ledger(list(plan.readers))
-    sketcher = Sketcher() if plan.rules.deduplicate == "near" else None
-    with Rejects(aside / "rejects.jsonl") as rejects, _Stage(aside, sketcher) as stage:
-        for source, (name, reader) in enumerate(plan.readers.items()):
-            ledger.accounts[name].skipped = plan.skipped(name)
-            for place, origin in enumerate([] if plan.skipped(name) else plan.origins[name]):
-                if place == 0 and plan.streaming:
-                    continue
-                total = size(origin)
-                taken = plan.conversations(name, place, ledger, rejects)
-                for batch, codes in encoded(batches(taken), tokenizer, plan.rules.options):
-                    stage.add(batch, sift(batch, codes, reader, origin, ledger, rejects), source, place)
-                    if progress is not None:
-                        progress(f"{name} {origin.name}" if place else name, batch[-1].row.end, total)
-    with Rejects(aside / "rejects.jsonl", "a") as rejects:
-        columns = stage.mapped()
-        keep = _choose(columns, plan, ledger, rejects)
-        for part, chosen in keep.items():
-            write_part(aside / part, {name: columns[name][chosen] for name in COLUMNS})
-        np.save(aside / "validation" / "digests.npy", columns["digest"][keep["validation"]])
-    del columns
-    shutil.rmtree(aside / "stage")
-    return ledger
-
-
-def _choose(
-    columns: Mapping[str, NDArray[Any]], plan: _Plan, ledger: Ledger, rejects: Rejects
-) -> dict[str, NDArray[np.bool_]]:
-    """Send conversations through the gates that compare them with others; what is left trains or validates.
-
-    Validation comes first: a conversation that validates does not train, whichever source it comes from, and one that
-    is nearly the same does not either, where near duplicates are looked for.
-    """
-    held_out, names = np.asarray(columns["held_out"]), list(plan.readers)
-    packed, validation, leak, same, close = map(GATES.index, _COMPARED)
-    order = np.concatenate([np.flatnonzero(held_out), np.flatnonzero(~held_out)])
-    first = exact(columns["digest"][order])
-    twin = np.full(len(order), -1)
-    twin[order] = np.where(first < 0, -1, order[first])
-    fate = np.where(held_out, validation, packed).astype(np.int8)
-    leaks = ~held_out & (twin >= 0)
-    leaks[leaks] = held_out[twin[leaks]]
-    fate[leaks] = leak
-    if plan.rules.deduplicate != "none":
-        fate[(twin >= 0) & ~leaks] = same
-    if plan.rules.deduplicate == "near":
-        left = np.isin(fate, (packed, validation))
-        similar = near(columns["sketch"].reshape(-1, Sketcher().size)[order], plan.rules.near_threshold, left[order])
-        found = order[similar >= 0]
-        twin[found] = order[similar[similar >= 0]]
-        fate[found] = np.where(held_out[twin[found]] & ~held_out[found], leak, close)
-
-    how = {leak: "validation has it:", same: "equal to", close: "nearly the same as"}
-    for index in np.flatnonzero(np.isin(fate, list(how))).tolist():
-        name, other = names[columns["sources"][index]], int(twin[index])
-        file = plan.origins[name][columns["place"][index]].name
-        reason = f"{how[fate[index]]} {names[columns['sources'][other]]}, row {columns['rows'][other]}"
-        rejects.add(name, file, int(columns["rows"][index]), GATES[fate[index]], reason)
-    for source, name in enumerate(names):
-        own = columns["sources"] == source
-        for gate in np.unique(fate[own]).tolist():
-            sizes = columns["lengths"][own & (fate == gate)]
-            ledger.ended(name, GATES[gate], rows=len(sizes), tokens=int(sizes.sum()))
-    keep = {"train": fate == packed, "validation": fate == validation}
-    both = np.isin(columns["digest"][keep["train"]], columns["digest"][keep["validation"]])
-    assert not both.any(), "a conversation would train and validate"
-    return keep
-
-
 def _judge(prepared: Prepared, max_loss_share: float, max_tokens: int, streaming: bool) -> None:
     """Stop where too much was lost; the set stays, since its ledger and rejects file say why."""
     where = f"See {prepared.folder / 'ledger.json'} and {prepared.rejects}"
@@ -581,11 +399,13 @@ def _judge(prepared: Prepared, max_loss_share: float, max_tokens: int, streaming
         account = prepared.ledger.accounts[name]
         share, rows = prepared.ledger.loss_share(name), account.rows
         if share > max_loss_share:
+            lost = sum(account.tokens[gate] for gate in LOSSES)
             raise DataError(
-                f"data.sources.{name}: {100 * share:.1f} % of its rows are lost ({rows['invalid']} invalid, "
-                f"{rows['unweighted']} with nothing to train, {rows['too_long']} longer than {max_tokens} tokens); "
-                f"expected at most {100 * max_loss_share:g} % (data.max_loss_share). {where}; mend the rows, raise "
-                "data.pack_tokens, or allow a larger share"
+                f"data.sources.{name}: {100 * share:.1f} % of its rows or of their tokens are lost ({rows['invalid']} "
+                f"invalid, {rows['unweighted']} with nothing to train, {rows['too_long']} longer than {max_tokens} "
+                f"tokens, {account.cut_rows} cut; {lost:,} of {account.tokens['read']:,} tokens); expected at most "
+                f"{100 * max_loss_share:g} % (data.max_loss_share). {where}; mend the rows, raise data.pack_tokens, or "
+                "allow a larger share"
             )
         if not rows["packed"] and not account.skipped and not streaming:
             ended = ", ".join(f"{rows[gate]} {gate.replace('_', ' ')}" for gate in prepared.ledger.columns()[1:-1])

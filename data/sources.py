@@ -4,6 +4,7 @@ Owns paths, hub names and the choice of rows. Knows what a row looks like only a
 `conversation.py`'s), no tokens and no configuration system: `SourceConfig` is a plain dataclass of plain types.
 """
 
+import contextlib
 import hashlib
 import re
 from collections.abc import Iterator
@@ -43,7 +44,7 @@ class FilterConfig:
     """Regular expressions (Python's, found anywhere, letter case ignored) for refusals and boilerplate; a conversation
     with a match is left out."""
     exclude_in: list[str] = field(default_factory=lambda: ["assistant"])
-    """Roles whose messages `exclude` looks at."""
+    """Roles whose messages `exclude` looks at; prose is always looked at."""
     require_roles: list[str] = field(default_factory=list)
     """Roles of which there must be at least one message that is not blank."""
     predicate: str | None = None
@@ -195,18 +196,19 @@ def locate(key: str, path: str, split: str = "train", revision: str | None = Non
     )
 
 
-def fingerprint(origin: Origin) -> str | None:
+def fingerprint(origin: Origin, *, ask: bool = False) -> str | None:
     """What identifies the contents: sha256 of a file, the commit of a hub data set.
 
     Args:
         origin: where rows would be read from.
+        ask: whether the hub is asked for a data set although its commit is given, to know whether it is there.
 
     Returns:
         The fingerprint, or None where there is no such file or no such data set that this account may read.
 
     Raises:
         DataError: the file is there but may not be read.
-        ConnectionError: the hub cannot be reached, so that nobody knows.
+        ConnectionError: the hub cannot be reached or does not give it, so that nobody knows.
     """
     if origin.file is not None:
         if not origin.file.is_file():
@@ -216,15 +218,18 @@ def fingerprint(origin: Origin) -> str | None:
                 return hashlib.file_digest(stream, "sha256").hexdigest()
         except OSError as error:
             raise DataError(f"{origin.key}: {origin.file} cannot be read: {error.strerror}") from error
-    if origin.revision is not None and _COMMIT.fullmatch(origin.revision):
+    pinned = origin.revision is not None and bool(_COMMIT.fullmatch(origin.revision))
+    if pinned and not ask:
         return origin.revision  # already says all, without asking the hub
     import datasets  # 1.4 seconds, only where it is needed
 
     try:
         return str(datasets.load_dataset_builder(origin.path, revision=origin.revision).hash)
-    except FileNotFoundError:
-        return None  # absent, private or misspelt: `datasets` has one error for them
-    except (OSError, ValueError) as error:
+    except datasets.exceptions.DatasetNotFoundError:
+        return None  # absent, private or misspelt: the hub has one answer for them
+    except Exception as error:  # of any type: a busy hub, a broken connection, a set with a script
+        if pinned:
+            return origin.revision
         raise ConnectionError(f"{type(error).__name__}: {error}") from error
 
 
@@ -266,15 +271,22 @@ def rows_of(
 
 def count_rows(origin: Origin, commit: str | None = None) -> int:
     """Number of rows that `rows_of` gives."""
-    if _through(origin):
-        return sum(1 for _ in _through_datasets(origin, commit, 0, False))
-    assert origin.file is not None
-    return count_json_rows(origin.file, origin.key)
+    if not _through(origin):
+        assert origin.file is not None
+        return count_json_rows(origin.file, origin.key)
+    if origin.file is None:
+        return len(_opened(origin, commit))
+    import pyarrow.parquet
+
+    with _readable(origin):
+        return int(pyarrow.parquet.read_metadata(origin.file).num_rows)
 
 
-def size(origin: Origin) -> int | None:
-    """What `Row.end` goes up to, for a progress bar; None where nobody knows before the end."""
-    return None if _through(origin) or origin.file is None else origin.file.stat().st_size
+def size(origin: Origin, commit: str | None = None) -> int:
+    """What `Row.end` goes up to, for a progress bar: bytes of a JSON file, rows of all else."""
+    if _through(origin) or origin.file is None:
+        return count_rows(origin, commit)
+    return origin.file.stat().st_size
 
 
 def _through(origin: Origin) -> bool:
@@ -284,22 +296,37 @@ def _through(origin: Origin) -> bool:
     return origin.file is None or origin.file.suffix.lower() == ".parquet"
 
 
-def _through_datasets(origin: Origin, commit: str | None, skip: int, streaming: bool) -> Iterator[Row]:
+def _opened(origin: Origin, commit: str | None, *, streaming: bool = False) -> Any:
+    """A data set of `datasets`: of the hub whole, unless it is streamed; Parquet in place, without a copy."""
     import datasets  # 1.4 seconds, only where it is needed
 
     if origin.file is not None:
         arguments: dict[str, Any] = {"path": "parquet", "data_files": str(origin.file), "split": "train"}
-        arguments["streaming"] = True  # read in place: no copy of the file in a cache
+        arguments["streaming"] = True
     else:
         revision = commit or origin.revision
         arguments = {"path": origin.path, "split": origin.split, "revision": revision}
         if streaming:
             arguments["streaming"] = True
-    try:
-        rows = datasets.load_dataset(**arguments)
+    with _readable(origin):
+        return datasets.load_dataset(**arguments)
+
+
+def _through_datasets(origin: Origin, commit: str | None, skip: int, streaming: bool) -> Iterator[Row]:
+    if origin.file is not None and not count_rows(origin):
+        return  # `datasets` stumbles over a file without rows
+    rows = _opened(origin, commit, streaming=streaming)
+    with _readable(origin):
         for number, value in enumerate(rows.skip(skip) if skip else rows, skip + 1):
             yield Row(number, value, number)
-    except Exception as error:  # every reader behind `datasets` has errors of its own
+
+
+@contextlib.contextmanager
+def _readable(origin: Origin) -> Iterator[None]:
+    """Say what cannot be read: every reader behind `datasets` has errors of its own."""
+    try:
+        yield
+    except Exception as error:
         what = f"{origin.path} (split {origin.split})" if origin.file is None else str(origin.file)
         raise DataError(
             f"{origin.key}: {what} cannot be read: {type(error).__name__}: {error}; expected a data set of "

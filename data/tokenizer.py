@@ -464,7 +464,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     least = len(controls) + 256
     if vocab_size < least:
         raise DataError(
-            f"vocab_size is {vocab_size}; expected at least {least}: 256 bytes and {len(controls)} controls"
+            f"tokenizer.vocab_size is {vocab_size}; expected at least {least}: 256 bytes and {len(controls)} controls"
         )
     raw = RawTokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.Sequence(
@@ -483,7 +483,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     raw.train_from_iterator(texts, trainer)
     if (found := raw.get_vocab_size()) != vocab_size:
         raise DataError(
-            f"vocab_size is {vocab_size}, but the texts yield only {found} tokens; "
+            f"tokenizer.vocab_size is {vocab_size}, but the texts yield only {found} tokens; "
             f"set it to {found} or less, or give more text"
         )
     return Tokenizer(json.loads(raw.to_str()), BOS, "the trained tokenizer")

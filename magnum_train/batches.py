@@ -1,10 +1,14 @@
 """A run's batches, from its settings: of a prepared set, or of sources that are read as training goes on.
 
-Owns what of the configuration decides the order of the data, and reading a step ahead. What a batch is stands in
-`data`.
+Owns what of the configuration decides the order of the data, reading a step ahead, and whether all ranks read the
+same from a stream. What a batch is stands in `data`.
 """
 
+import hashlib
+from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +17,10 @@ from numpy.typing import NDArray
 from data.ledger import Ledger
 from data.loader import Cost, Loader, Repeats, Schedule, StepData, StepMaker, Validation
 from data.prepared import Prepared, streamed
-from data.stream import Stream
+from data.stream import Stream, StreamOptions
 from magnum_train.config import TrainConfig
-from magnum_train.errors import ConfigError
+from magnum_train.distributed import Attempt, Ranks
+from magnum_train.errors import CheckpointError, ConfigError, RunError
 from model import TransformerConfig
 from model.flops import block_matmul_parameters
 
@@ -48,6 +53,14 @@ def schedule(settings: TrainConfig, prepared: Prepared) -> Schedule:
     )
 
 
+def _mark(data: StepData) -> str:
+    """By what ranks tell whether they read the same step."""
+    read = hashlib.sha256(repr((len(data.rows), data.documents, data.weight_sum)).encode())
+    for numbers in (*data.rows, data.lengths):
+        read.update(np.ascontiguousarray(numbers, np.int64).data)
+    return read.hexdigest()
+
+
 class Batches:
     """One rank's batches of each step, and where every row went.
 
@@ -55,45 +68,45 @@ class Batches:
         settings: The run's.
         prepared: Its conversations; of a streamed run those that validate.
         config: The network's shape, for the cost of packs.
-        rank: This process.
-        world: Number of processes.
+        ranks: This process among the others. Of a streamed run all of them ask for the same steps.
 
     Attributes:
         total_steps: Steps of the run.
         schedule: The packs of each step; None where sources are streamed.
+        shares: Each source's share of the rows that are read from a stream; empty where nothing is streamed.
+        failed: Whether a rank could not read the step that was asked for last. All ranks know, and have done the same.
 
     Raises:
         ConfigError: If no document is ever visited.
         DataError: If a streamed source's settings cannot be meant.
     """
 
-    def __init__(
-        self, settings: TrainConfig, prepared: Prepared, config: TransformerConfig, rank: int, world: int
-    ) -> None:
+    def __init__(self, settings: TrainConfig, prepared: Prepared, config: TransformerConfig, ranks: Ranks) -> None:
         data = settings.data
         maker = StepMaker(
             len(prepared.sources), data.pack_tokens, data.pack_documents, settings.train.loss_norm, cost(config)
         )
-        self._prepared, self._rank, self._world = prepared, rank, world
+        self._prepared, self._ranks = prepared, ranks
         self._validation = Validation(prepared.validation, maker)
         self.schedule: Schedule | None = None
+        self.shares: dict[str, float] = {}
+        self.failed = False
         if data.streaming:
             assert settings.train.max_steps is not None, "checked with the configuration"
             sources, left_out, held_out = streamed(prepared, data.sources)
-            self._steps: Loader | Stream = Stream(
-                sources,
-                left_out,
-                data.rules(settings.seed),
-                prepared.tokenizer,
-                maker,
-                held_out=held_out,
+            options = StreamOptions(
                 documents=data.stream_documents,
                 packs_per_step=settings.packs_per_step,
                 total_steps=settings.train.max_steps,
                 seed=settings.seed,
                 max_loss_share=data.max_loss_share,
-                rejects=Path(str(settings.run_dir)) / "rejects.jsonl" if rank == 0 else None,
             )
+            rules, rejects = data.rules(settings.seed), Path(str(settings.run_dir)) / "rejects.jsonl"
+            self._steps: Loader | Stream = Stream(
+                sources, left_out, held_out, rules, prepared.tokenizer, maker, options,
+                rejects if ranks.is_main else None,
+            )  # fmt: skip
+            self.shares = self._steps.shares
         else:
             try:
                 self.schedule = schedule(settings, prepared)
@@ -102,22 +115,55 @@ class Batches:
             self._steps = Loader(prepared.train, self.schedule, maker)
         self.total_steps = self._steps.total_steps
         self._pool = ThreadPoolExecutor(1, "batches")
-        self._ahead: tuple[int, Future[StepData]] | None = None
+        self._ahead: tuple[int, Callable[[], StepData]] | None = None
 
     def step(self, step: int) -> StepData:
-        """This rank's batches of a step, from 0; the next one's are made while this one is trained."""
+        """This rank's batches of a step, from 0; the next one's are made while this one is trained.
+
+        Raises:
+            DataError: A stream cannot be read here, or loses too much; on another rank than 0 a HostError.
+            ElsewhereError: So it is on another rank, which says why.
+            RunError: Ranks read different rows from a stream.
+        """
         if self._ahead is None or self._ahead[0] != step:
             self._ahead = step, self._made(step)
-        data = self._ahead[1].result()
+        data = self._ahead[1]()
         self._ahead = (step + 1, self._made(step + 1)) if step + 1 < self.total_steps else None
         return data
 
-    def _made(self, step: int) -> "Future[StepData]":
-        return self._pool.submit(self._steps.step, step, self._rank, self._world)
+    def _made(self, step: int) -> Callable[[], StepData]:
+        """Have a step's batches made, in the order of the steps."""
+        if isinstance(self._steps, Stream):
+            return partial(self._agreed, step, self._pool.submit(self._attempt, step))
+        return self._pool.submit(self._steps.step, step, self._ranks.rank, self._ranks.world_size).result
+
+    def _attempt(self, step: int) -> Attempt[StepData]:
+        """Read a step from the stream and tell the other ranks how it went, so that no one trains where one cannot."""
+        # This rank has heard from all of the step before, so all of them have settled the one before that.
+        self._ranks.forget(f"stream {step - 2}")
+        read = partial(self._steps.step, step, self._ranks.rank, self._ranks.world_size)
+        return self._ranks.attempt(f"stream {step}", read, _mark)
+
+    def _agreed(self, step: int, made: "Future[Attempt[StepData]]") -> StepData:
+        """A step that every rank has read, and the same rows of it."""
+        try:
+            data, marks = self._ranks.settle(f"stream {step}", made.result())
+        except Exception:
+            self.failed = True
+            raise
+        usual = marks.index(Counter(marks).most_common(1)[0][0])
+        if others := [str(rank) for rank, mark in enumerate(marks) if mark != marks[usual]]:
+            raise RunError(
+                f"step {step + 1}", f"other rows on rank {', '.join(others)} than on rank {usual}",
+                "the same on all ranks, each of which reads the sources for itself",
+                "Look for a predicate or a form of your own that answers by more than the row (chance, the clock, the "
+                "rank), and for a source's file that is another one on that rank's host.",
+            )  # fmt: skip
+        return data
 
     def validation(self) -> StepData:
         """This rank's part of the validation."""
-        return self._validation.batches(self._rank, self._world)
+        return self._validation.batches(self._ranks.rank, self._ranks.world_size)
 
     def ledger(self, steps: int, refused: list[int]) -> Ledger:
         """Where every row went, down to what has been trained.
@@ -141,17 +187,29 @@ class Batches:
         return self._pool.submit(self._steps.trained, steps).result()
 
     def saved(self, steps: int) -> dict[str, bytes]:
-        """Files that belong into a checkpoint after so many steps; of a prepared set none, since the step says all."""
-        return {STREAM: self._steps.save(steps)} if isinstance(self._steps, Stream) else {}
+        """Files that rank 0 adds to a checkpoint after so many steps; of a prepared set none: the step says all."""
+        return {STREAM: self._steps.save(steps)} if isinstance(self._steps, Stream) and self._ranks.is_main else {}
 
     def restore(self, folder: Path) -> None:
         """Go back to where a checkpoint was saved.
 
         Args:
             folder: The checkpoint's.
+
+        Raises:
+            CheckpointError: It does not say how far a stream had been read.
         """
-        if isinstance(self._steps, Stream):
-            self._steps.restore((folder / STREAM).read_bytes())
+        if not isinstance(self._steps, Stream):
+            return
+        file = folder / STREAM
+        try:
+            self._steps.restore(file.read_bytes())
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                str(file), error.strerror or str(error) if isinstance(error, OSError) else str(error),
+                "how far the sources had been read, and the conversations that waited",
+                "Remove this checkpoint to go on from the one before, or choose another run_dir.",
+            ) from error  # fmt: skip
 
     def close(self) -> None:
         """Let go of what is being read ahead."""

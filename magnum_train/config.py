@@ -210,7 +210,8 @@ class DataConfig:
                 options=self.encoding,
             )
         except ValueError as error:
-            raise ConfigError.of(ValueError(f"data.{error}")) from error
+            place, _, rest = str(error).partition(" is ")
+            raise ConfigError(f"data.{place}", *rest.split("; expected ", 1)) from error
 
 
 @dataclass(frozen=True)
@@ -525,10 +526,10 @@ class ExportConfig:
 
 RESUMABLE = (
     "run_dir", "model.attention", "data.prepared_dir", "data.max_loss_share", "data.sources.*.path",
-    "data.sources.*.validation_path", "tokenizer.path", "train.max_steps", "train.epochs",
-    "train.max_skipped_steps", "train.threads", "train.collect_garbage_every_steps", "train.export_at_end",
-    "parallel.*", "validation.*", "samples.*", "checkpoint.*", "metrics.*", "profile.*", "distributed.*",
-    "report.*",
+    "data.sources.*.validation_path", "data.sources.*.revision", "data.sources.*.missing", "tokenizer.path",
+    "train.max_steps", "train.epochs", "train.max_skipped_steps", "train.threads",
+    "train.collect_garbage_every_steps", "train.export_at_end", "parallel.*", "validation.*", "samples.*",
+    "checkpoint.*", "metrics.*", "profile.*", "distributed.*", "report.*",
 )  # fmt: skip
 """Settings that may differ when a run is resumed. Data and tokenizer are compared by content; files may move."""
 
@@ -607,7 +608,8 @@ def _as_user_error(error: Exception, schema: type) -> ValueError | None:
     if choice:
         return ConfigError(choice[1], repr(choice[2]), "one of " + ", ".join(choice[3].split("\nConfig")[0].split()))
     if isinstance(error, ValueError) and "Config group override" in str(error):
-        return ConfigError("command line", str(error), "the name of a file in that group; leave it out for none")
+        asked = next((w for w in sys.argv[1:] if w.split("=")[0].lstrip("+") in _GROUPS), "command line")
+        return ConfigError(asked, str(error), "the name of a file in that group; leave it out for none")
     if not isinstance(error, (HydraException, OmegaConfBaseException)):
         return None
     text = "\n".join(str(e) for e in chain)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,7 @@ from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
+from data.errors import DataError
 from magnum_train.errors import ConfigError, UserError
 
 Result = TypeVar("Result")
@@ -71,6 +72,14 @@ class ElsewhereError(UserError):
 
 class HostError(UserError):
     """A mistake on this process's own host, so that it must be told from here and not by rank 0."""
+
+
+@dataclass(frozen=True)
+class Attempt(Generic[Result]):
+    """What became of a task on this rank: one result, or none and the reason."""
+
+    results: tuple[Result, ...]
+    failure: BaseException | None = None
 
 
 @dataclass(frozen=True)
@@ -146,27 +155,60 @@ class Ranks:
         Raises:
             ElsewhereError: On all ranks but the one that speaks, where the task raised anywhere.
         """
-        failure: BaseException | None = None
-        result: list[Result] = []
+        return self.settle(name, self.attempt(name, task, lambda _: ""))[0]
+
+    def attempt(self, name: str, task: Callable[[], Result], mark: Callable[[Result], str]) -> Attempt[Result]:
+        """The first half of `together`: run the task and tell the other ranks how it went, without waiting for them.
+
+        Args:
+            name: Names the task; once in a run.
+            task: What each does for itself.
+            mark: Of the result, what the other ranks hear of it.
+
+        Returns:
+            For `settle`.
+        """
         try:
-            result.append(task())
+            result = task()
+            word, attempt = "+" + mark(result), Attempt((result,))
         except BaseException as error:  # whatever it is, the others must not wait for this rank
-            failure = error
-        self.store.set(f"{name}/rank {self.rank}", "-" if failure else "+")
-        failed = []
-        for rank in range(self.world_size):
-            while not self.store.check([f"{name}/rank {rank}"]):
-                time.sleep(0.05)
-            if self.store.get(f"{name}/rank {rank}") == b"-":
-                failed.append(rank)
+            word, attempt = "-", Attempt((), error)
+        self.store.set(f"{name}/rank {self.rank}", word)
+        return attempt
+
+    def settle(self, name: str, attempt: Attempt[Result]) -> tuple[Result, list[str]]:
+        """The second half of `together`: hear from all ranks how the task went.
+
+        Args:
+            name: The task's.
+            attempt: What became of it here.
+
+        Returns:
+            This rank's own result, and the mark of each rank's.
+
+        Raises:
+            ElsewhereError: On all ranks but the one that speaks, where the task raised anywhere.
+        """
+        keys = [f"{name}/rank {rank}" for rank in range(self.world_size)]
+        while not self.store.check(keys):
+            time.sleep(0.02)
+        words = [word.decode() for word in self.store.multi_get(keys)]
+        failed = [rank for rank, word in enumerate(words) if word == "-"]
         if failed and failed[0] != self.rank:
             raise ElsewhereError
+        failure = attempt.failure
         if failure is None:
-            return result[0]
+            return attempt.results[0], [word[1:] for word in words]
+        here = f"rank {self.rank} on host {self.launch.host}"
         if self.rank and isinstance(failure, UserError):
-            place = f"rank {self.rank} on host {self.launch.host}, {failure.place}"
-            raise HostError(place, failure.found, failure.expected, failure.remedy) from failure
+            raise HostError(f"{here}, {failure.place}", failure.found, failure.expected, failure.remedy) from failure
+        if self.rank and isinstance(failure, DataError):
+            raise HostError(here, str(failure), "what the other ranks have") from failure
         raise failure
+
+    def forget(self, name: str) -> None:
+        """Clear away what this rank told of a task, once all ranks have settled it."""
+        self.store.delete_key(f"{name}/rank {self.rank}")
 
     def barrier(self) -> None:
         """Wait until all ranks are here."""

@@ -189,7 +189,7 @@ def assemble(
             f"at least the tokenizer's {prepared.tokenizer.vocab_size:,}",
         )
     check_divisible(settings.packs_per_step, ranks.world_size, settings.data.pack_tokens)
-    batches = Batches(settings, prepared, model_config, ranks.rank, ranks.world_size)
+    batches = Batches(settings, prepared, model_config, ranks)
     prompts = []
     if settings.samples.every_steps is not None:
         prompts = read_prompts(settings.samples.prompts, settings.samples.max_prompts, "samples.prompts")
@@ -205,7 +205,9 @@ def assemble(
     compute_dtype = torch.bfloat16 if bf16_compute(settings.precision, ranks.device) else torch.float32
     attention = attention_backend(settings.model.attention, recorded, ranks.device.type, compute_dtype)
     ranks.once("open", lambda: open_run_dir(settings, prepared, ranks))
-    terminal.say(prepared.ledger.render())
+    read = any(account.rows["read"] for account in prepared.ledger.accounts.values())  # not where all is streamed
+    for text in [prepared.ledger.render()] if read else prepared.ledger.remarks():
+        terminal.say(text)
     terminal.say(plan_text(settings, batches, prepared, ranks))
     terminal.say(
         f"{parameter_count(model_config):,} parameters, attention {attention}, compute in {name_of(compute_dtype)}, "
@@ -228,7 +230,7 @@ def assemble(
     if recorded is not None:
         folder = checkpoint.path_of(run_dir, recorded.step)
         state = checkpoint.load(folder, model, optimizer)
-        batches.restore(folder)
+        ranks.together("restore batches", lambda: batches.restore(folder))
         terminal.say(f"resuming {run_dir} after step {recorded.step}")
     state = replace(state, choices={"attention": attention})
     return Run(settings, ranks, terminal, run_dir, prepared, batches, model, optimizer, prompts, state)
@@ -366,7 +368,8 @@ def plan_text(settings: TrainConfig, batches: Batches, prepared: Prepared, ranks
     mesh = f" ({settings.parallel.replicate} replicas x {shard} shards)" if settings.parallel.replicate > 1 else ""
     length = "as set" if settings.train.max_steps else f"in {settings.train.epochs} epochs"
     quiet = "; no validation, since no source has rows for it" if not len(prepared.validation) else ""
-    source = f"streamed, at least {settings.data.stream_documents:,} conversations waiting"
+    shares = ", ".join(f"{name} {share:.1%}" for name, share in batches.shares.items())
+    source = f"streamed, {settings.data.stream_documents:,} conversations waiting, rows from {shares}"
     if batches.schedule is not None:
         first, fill = len(batches.schedule.packing(0)), batches.schedule.fill(0)
         source = f"{first:,} packs in the first epoch, {fill:.1%} filled"
@@ -388,8 +391,16 @@ def loop(run: Run, record: metrics.Metrics) -> None:
     run.terminal.begin(first, total)
     try:
         for step in range(first + 1, total + 1):
-            with profiled(run, step):
-                row = one_step(run, step, peak)
+            try:
+                with profiled(run, step):
+                    row = one_step(run, step, peak)
+            except Exception:
+                # A stream that fails, such as a hub that went away, need not cost the steps since the last checkpoint.
+                done, every = step - 1, settings.checkpoint.every_steps
+                if run.batches.failed and every is not None and done > first and not due(done, every, total):
+                    save(run, record)
+                    run.terminal.say(f"step {done}: saved, since reading on failed")
+                raise
             record.write(row)
             stop_if_refused_too_often(run)
             left = (time.perf_counter() - started) / (step - first) * (total - step)
@@ -401,18 +412,23 @@ def loop(run: Run, record: metrics.Metrics) -> None:
             if due(step, settings.samples.every_steps, total):
                 sample(run, record, step)
             if due(step, settings.checkpoint.every_steps, total):
-                record.sync()
-                if run.ranks.is_main:
-                    write_ledger(run)  # before the checkpoint: a start that finds the run complete writes nothing
-                checkpoint.save(
-                    run.run_dir, run.model, run.optimizer, run.state,
-                    files=run.batches.saved(step), keep_last=settings.checkpoint.keep_last, ranks=run.ranks,
-                )  # fmt: skip
+                save(run, record)
             if step % settings.train.collect_garbage_every_steps == 0:
                 gc.collect()
     finally:
         run.terminal.end()
         gc.enable()
+
+
+def save(run: Run, record: metrics.Metrics) -> None:
+    """Save a checkpoint of the steps done."""
+    record.sync()
+    if run.ranks.is_main:
+        write_ledger(run)  # before the checkpoint: a start that finds the run complete writes nothing
+    checkpoint.save(
+        run.run_dir, run.model, run.optimizer, run.state,
+        files=run.batches.saved(run.state.step), keep_last=run.settings.checkpoint.keep_last, ranks=run.ranks,
+    )  # fmt: skip
 
 
 def write_ledger(run: Run) -> None:

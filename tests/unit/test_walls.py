@@ -9,7 +9,7 @@ import pytest
 HOME = Path(__file__).parents[2]
 ALLOWED = {
     "model": {"model", "torch", "jaxtyping", "safetensors", "flash_attn"},
-    "data": {"data", "torch", "numpy", "tokenizers", "datasets", "jaxtyping", "rensa"},
+    "data": {"data", "torch", "numpy", "tokenizers", "datasets", "pyarrow", "jaxtyping", "rensa"},
     "magnum_train": {
         "magnum_train",
         "model",

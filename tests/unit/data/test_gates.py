@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import data.prepared
+import data.reading
 from data import DataError, Tokenizer
 from data.chatml import encode
 from data.conversation import parse
@@ -258,11 +258,13 @@ def test_a_source_that_is_not_there_is_an_error_or_stands_in_the_ledger(
     found = run({"here": here, "gone": gone})
     assert (found.reused, len(found.train)) == (False, 2)
 
-    def unreachable(origin: Any) -> str:
+    def unreachable(origin: Any, ask: bool) -> str:
         raise ConnectionError("no route")
 
-    monkeypatch.setattr(data.prepared, "fingerprint", unreachable)
-    with pytest.raises(DataError, match=r"the hub cannot be reached \(no route\)"):  # nobody knows whether it is there
+    monkeypatch.setattr(data.reading, "fingerprint", unreachable)
+    with pytest.raises(
+        DataError, match=r"the hub cannot be reached or does not give it \(no route\)"
+    ):  # nobody knows whether it is there
         run({"hub": SourceConfig("owner/name", missing="skip")})
 
 
@@ -278,3 +280,49 @@ def test_what_is_not_about_the_contents_keeps_the_key(write_rows: Write, run: Ru
     first = run({"a": SourceConfig(path)})
     assert run({"a": SourceConfig(path, repeat=2.0, missing="skip")}).key == first.key
     assert run({"a": SourceConfig(path)}, near_threshold=0.5).key == first.key  # not read without deduplicate=near
+
+
+@pytest.mark.parametrize("deduplicate", ["none", "exact", "near"])
+def test_what_is_equal_once_it_is_cut_neither_leaks_nor_stays_twice(
+    write_rows: Write, run: Run, deduplicate: str
+) -> None:
+    """Logs of one play, saved at different lengths: cut to the same turn they are one conversation."""
+    rows = [
+        turns(*(f"{play} {turn} " + "la " * 9 for turn in range(length)))
+        for play in range(40)
+        for length in (8, 10, 12)
+    ]
+    source = {"a": SourceConfig(str(write_rows(rows)), validation_share=0.3)}
+    prepared = run(source, too_long="cut_turns", deduplicate=deduplicate, max_tokens=120)
+    parts = prepared.train, prepared.validation
+    train, validation = ([part.example(n).tokens.tobytes() for n in range(len(part))] for part in parts)
+    assert validation
+    assert not set(train) & set(validation)
+    assert gates(prepared)["in_validation"] > 0
+    if deduplicate != "none":
+        assert len(set(train)) == len(train)
+        assert len(set(validation)) == len(validation)
+
+
+def test_a_system_message_moves_no_row_to_another_side(write_rows: Write, run: Run) -> None:
+    """So that the same rows validate in both eras, and none of them trains in a source with another default."""
+    path = str(write_rows([turns("say", f"it is {n}") for n in range(300)]))
+    plain = run({"a": SourceConfig(path, validation_share=0.2)})
+    with_system = run({"a": SourceConfig(path, validation_share=0.2)}, default_system="You are a helpful assistant.")
+    assert plain.validation.rows.tolist() == with_system.validation.rows.tolist()
+    both = run({"a": SourceConfig(path, default_system="X"), "b": SourceConfig(path, validation_share=0.2)})
+    assert gates(both, "a")["in_validation"] == len(plain.validation)
+
+
+def test_prose_is_filtered_by_its_text(write_rows: Write, run: Run) -> None:
+    rows = [{"text": "Once upon a time."}, {"text": "As an AI, I once lived."}]
+    chosen = FilterConfig(exclude=["as an ai"])
+    prepared = run({"a": SourceConfig(str(write_rows(rows)), form="text", filter=chosen)})
+    assert gates(prepared) == {"filtered": 1, "packed": 1}
+
+
+def test_a_conversation_that_no_pack_could_hold_is_not_encoded(write_rows: Write, run: Run) -> None:
+    rows = [turns("hi", "yo"), turns("hi", "x" * 4_000_001)]
+    prepared = run({"a": SourceConfig(str(write_rows(rows)))})
+    assert prepared.ledger.accounts["a"].reasons["invalid"] == {"too long to encode": 1}
+    assert rejects(prepared)[2] == "4,000,003 characters; the most is 4,000,000"

@@ -91,6 +91,27 @@ def test_a_row_that_is_nested_too_deeply_is_one_lost_row(tmp_path: Path, name: s
     assert lost.kind == "nested too deeply"
 
 
+@pytest.mark.parametrize("window", [1, 7, 100_000])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_a_number_that_is_too_long_is_one_lost_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, window: int
+) -> None:
+    monkeypatch.setattr(data.json_rows, "_CHUNK_BYTES", window)
+    lines = ['{"a": 1}', '{"b": "\\"]}\\\\", "n": ' + "7" * 5000 + "}", "8" * 5000, '{"a": 2}']
+    text = "\n".join(lines) if name.endswith("l") else f"[{', '.join(lines)}]"
+    (tmp_path / name).write_text(text)
+    first, *lost, last = (row.value for row in json_rows(tmp_path / name, "k"))
+    assert (first, last) == ({"a": 1}, {"a": 2})
+    assert [error.kind for error in lost] == ["number too long"] * 2
+
+
+def test_lines_that_are_no_json_are_counted_as_they_are_read(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("{}\n\u00a0\n{}\n")
+    assert count_json_rows(tmp_path / "rows.jsonl", "k") == 3
+    with pytest.raises(DataError, match="line 2, column 1: malformed JSON"):
+        list(json_rows(tmp_path / "rows.jsonl", "k"))
+
+
 def test_memory_holds_a_window_and_not_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data.json_rows, "_CHUNK_BYTES", 1000)
     (tmp_path / "rows.json").write_text(json.dumps([{"text": "x" * 100, "n": n} for n in range(2000)]))

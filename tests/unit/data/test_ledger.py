@@ -52,7 +52,8 @@ def test_what_is_cut_off_is_tokens_of_rows_that_go_on() -> None:
     ledger.was_cut("logs", 1, 60)
     ledger.ended("logs", "packed", 2, 240)
     ledger.balance()
-    assert "logs: 1 conversations cut at a turn's end, 60 tokens fell off (20.0 % of the source's)" in ledger.render()
+    assert "logs: conversations cut at a turn's end: 1, 60 tokens fell off (20.0 % of the source's)" in ledger.render()
+    assert ledger.loss_share("logs") == 60 / 300
 
 
 def test_a_source_that_is_left_out_stands_in_the_table() -> None:
@@ -77,7 +78,10 @@ def test_it_survives_json() -> None:
 
 
 def test_loss_share_counts_drawn_rows_alone() -> None:
-    assert filled().loss_share("stheno") == 100 / 900
+    rows_alone = filled()
+    rows_alone.accounts["stheno"].tokens = dict.fromkeys(rows_alone.accounts["stheno"].tokens, 0)
+    assert rows_alone.loss_share("stheno") == 100 / 900
+    assert filled().loss_share("stheno") == 50_000 / 250_000  # a tenth of the rows, a fifth of their tokens
     assert Ledger(["empty"]).loss_share("empty") == 0
 
 

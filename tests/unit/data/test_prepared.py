@@ -1,5 +1,6 @@
 """Preparing accounts for every row, is found again by content, and leaves whole sets or nothing."""
 
+import errno
 import json
 import shutil
 import subprocess
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 
 import data.prepared
+import data.reading
+import data.stage
 from data import DataError, Tokenizer
 from data.chatml import EncodeOptions, encode
 from data.conversation import parse
@@ -72,7 +75,7 @@ def test_every_row_is_accounted_for_with_its_reason(write_rows: Write, run: Run)
     silent = {"messages": [{"role": "user", "content": "hi"}]}
     unknown = {"messages": [{"role": "narrator", "content": "\ud800"}]}
     rows = [talk(1), unknown, long, silent, {"story": "x"}, talk(2, weight=0), ["no"], talk(3)]
-    prepared = run({"a": SourceConfig(str(write_rows(rows)))}, max_loss_share=0.8)
+    prepared = run({"a": SourceConfig(str(write_rows(rows)))}, max_loss_share=0.95)
     account = prepared.ledger.accounts["a"]
     expected = {"read": 8, "invalid": 3, "too_long": 1, "unweighted": 2, "packed": 2}
     assert {gate: rows for gate, rows in account.rows.items() if rows} == expected
@@ -97,7 +100,8 @@ def test_a_conversation_of_exactly_the_limit_is_kept(write_rows: Write, run: Run
     source = {"a": SourceConfig(str(write_rows([talk(1)])))}
     assert len(run(source, max_tokens=size).train) == 1
     with pytest.raises(
-        DataError, match=r"100.0 % of its rows are lost .0 invalid, 0 with nothing to train, 1 longer than"
+        DataError,
+        match=r"100.0 % of its rows or of their tokens are lost .0 invalid, 0 with nothing to train, 1 longer than",
     ):
         run(source, max_tokens=size - 1)
 
@@ -109,7 +113,7 @@ def test_too_many_losses_stop_with_the_files_that_explain_them(write_rows: Write
         run(good | bad)
     message = str(caught.value)
     assert message.startswith(
-        "data.sources.bad: 50.0 % of its rows are lost (1 invalid, 0 with nothing to train, 0 longer"
+        "data.sources.bad: 50.0 % of its rows or of their tokens are lost (1 invalid, 0 with nothing to train, 0 longer"
     )
     for name in ("ledger.json", "rejects.jsonl"):
         path = next(word.rstrip(";,") for word in message.split() if name in word)
@@ -136,7 +140,7 @@ def test_rows_draws_that_many_the_same_for_the_same_seed(write_rows: Write, run:
     assert not twenty.notes[1:]
     all_of_them = run({"a": SourceConfig(path, rows=61)})
     assert len(all_of_them.train) == 60
-    assert all_of_them.notes[-1] == "data.sources.a.rows is 61; there are 60, and all of them are taken"
+    assert all_of_them.notes[-1] == "data.sources.a.rows is 61; there are not more, and all of them are taken"
 
 
 def test_the_seed_matters_only_where_rows_are_drawn(write_rows: Write, run: Run) -> None:
@@ -173,14 +177,71 @@ def test_validating_on_the_training_file_is_refused(write_rows: Write, run: Run)
 
 def test_a_hub_set_serves_offline_once_prepared(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     commits = {"owner/name": "c" * 40}
-    monkeypatch.setattr(data.prepared, "fingerprint", lambda origin: commits.get(origin.path))
-    monkeypatch.setattr(data.prepared, "rows_of", lambda *_: [Row(1, talk(1), 1), Row(2, talk(2), 2)])
+    monkeypatch.setattr(data.reading, "fingerprint", lambda origin, ask: commits.get(origin.path))
+    monkeypatch.setattr(data.stage, "size", lambda *_: 2)
+    monkeypatch.setattr(data.reading, "rows_of", lambda *_: [Row(1, talk(1), 1), Row(2, talk(2), 2)])
     source = SourceConfig("owner/name", revision="v1")
     made = run({"a": source})
     commits.clear()
     assert run({"a": source}).key == made.key
     with pytest.raises(DataError, match=r"has no such data set.* sources.a.files\[0\].revision was v1, is v2"):
         run({"a": replace(source, revision="v2")})
+
+
+def test_a_set_that_was_prepared_without_a_source_serves_offline(
+    write_rows: Write, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prepared where the hub said that there is no such set; trained where the hub cannot be reached."""
+    sources = {"a": SourceConfig(str(write_rows([talk(1)]))), "hub": SourceConfig("owner/name", missing="skip")}
+    known = data.reading.fingerprint
+    monkeypatch.setattr(data.reading, "fingerprint", lambda o, ask: known(o) if o.file is not None else None)
+    made = run(sources)
+
+    def offline(origin: Any, ask: bool) -> str | None:
+        if origin.file is None:
+            raise ConnectionError("offline")
+        return known(origin)
+
+    monkeypatch.setattr(data.reading, "fingerprint", offline)
+    used = run(sources)
+    assert (used.key, used.reused) == (made.key, True)
+    assert "skipped" not in used.notes[0]
+    with pytest.raises(DataError, match="the hub cannot be reached"):  # but not where it must be there
+        run({**sources, "hub": replace(sources["hub"], missing="error")})
+
+
+def test_a_run_goes_on_with_the_set_that_it_began_with(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub data set without a fixed revision moves on; a run that has begun does not move with it."""
+    commit = ["a" * 40]
+    monkeypatch.setattr(data.reading, "fingerprint", lambda origin, ask: commit[0])
+    monkeypatch.setattr(data.stage, "size", lambda *_: 2)
+    monkeypatch.setattr(data.reading, "rows_of", lambda *_: [Row(1, talk(1), 1), Row(2, talk(2), 2)])
+    made = run({"a": SourceConfig("owner/name")})
+    assert run({"a": SourceConfig("owner/name", revision="a" * 40)}).key == made.key  # the same commit, now fixed
+    commit[0] = "b" * 40
+    used = run({"a": SourceConfig("owner/name")}, known=made.key)
+    assert (used.key, used.reused) == (made.key, True)
+    assert used.notes[0].startswith(f"using {made.key}, with which the run began")
+    newer = run({"a": SourceConfig("owner/name")})
+    assert newer.key != made.key
+    assert run({"a": SourceConfig("owner/name")}, known=made.key).key == made.key  # also where both are there
+    assert run({"a": SourceConfig("owner/name", revision="b" * 40)}, known=made.key).key == newer.key
+
+
+def test_a_file_may_be_renamed(write_rows: Write, run: Run) -> None:
+    one = write_rows([talk(1)], "one.jsonl")
+    made = run({"a": SourceConfig(str(one))})
+    assert run({"a": SourceConfig(str(one.rename(one.with_name("two.jsonl"))))}).key == made.key
+
+
+def test_a_full_disk_is_said(write_rows: Write, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(data.prepared, "fill", full)
+    with pytest.raises(DataError, match=r"data.prepared_dir is .*No space left on device; expected room"):
+        run({"a": SourceConfig(str(write_rows([talk(1)])))})
+    assert list((tmp_path / "prepared").iterdir()) == []
 
 
 def test_the_order_in_which_sources_are_named_does_not_matter(write_rows: Write, run: Run) -> None:
@@ -290,14 +351,14 @@ def test_two_that_prepare_at_once_both_succeed(
     write_rows: Write, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     source = {"a": SourceConfig(str(write_rows([talk(1), talk(2)])))}
-    fill = data.prepared._fill
+    fill = data.prepared.fill
 
     def slower(*arguments: Any) -> Any:
-        monkeypatch.setattr(data.prepared, "_fill", fill)
+        monkeypatch.setattr(data.prepared, "fill", fill)
         assert not run(source).reused  # the other one, from beginning to end
         return fill(*arguments)
 
-    monkeypatch.setattr(data.prepared, "_fill", slower)
+    monkeypatch.setattr(data.prepared, "fill", slower)
     assert len(run(source).train) == 2
     assert len(list((tmp_path / "prepared").iterdir())) == 1
 
@@ -337,7 +398,7 @@ def test_published_rows_balance_with_the_real_vocabulary(real_rows: Path, nemo: 
         "tools": SourceConfig(str(real_rows / "sharegpt_tools.json"), validation_share=0.05),
         "alpaca": SourceConfig(str(real_rows / "alpaca.json"), rows=500),
     }
-    prepared = prepare(sources, Rules(1024, seed=3), prepared_dir=tmp_path, tokenizer=nemo, max_loss_share=0.2)
+    prepared = prepare(sources, Rules(1024, seed=3), prepared_dir=tmp_path, tokenizer=nemo, max_loss_share=0.3)
     prepared.ledger.balance()
     accounts = prepared.ledger.accounts
     assert (accounts["tools"].rows["read"], accounts["alpaca"].rows["read"]) == (300, 999)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from data import DataError
-from data.sources import FilterConfig, SourceConfig, check, draw, fingerprint, locate, rows_of
+from data.sources import FilterConfig, SourceConfig, check, count_rows, draw, fingerprint, locate, rows_of, size
 
 ROWS: list[dict[str, Any]] = [
     {"instruction": "2024-01-01", "output": "2024-01-02T10:00:00Z"},
@@ -52,6 +52,9 @@ def test_parquet_is_read_through_datasets(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     datasets.Dataset.from_list(rows).to_parquet(str(path))
     assert read(path) == list(enumerate(rows, 1))
+    assert count_rows(locate("k", str(path))) == size(locate("k", str(path))) == 4
+    datasets.Dataset.from_dict({"conversations": []}).to_parquet(str(path))
+    assert read(path) == []
     path.write_bytes(b"PAR1 nonsense")
     with pytest.raises(DataError, match=r"data.sources.x.path: .*rows.parquet cannot be read"):
         read(path)
@@ -93,6 +96,16 @@ def test_a_data_set_that_is_not_there_is_told_from_a_hub_that_cannot_be_reached(
 
     monkeypatch.setattr(datasets, "load_dataset_builder", deny)
     assert fingerprint(origin) is None
+    pinned = locate("data.sources.x.path", "owner/name", "train", "a" * 40)
+    assert (fingerprint(pinned), fingerprint(pinned, ask=True)) == ("a" * 40, None)
+
+    def busy(*_: Any, **__: Any) -> None:
+        raise FileNotFoundError("Couldn't find 'owner/name' on the Hub either: HfHubHTTPError: 503")
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", busy)
+    with pytest.raises(ConnectionError, match="503"):  # a busy hub has not said that there is no such set
+        fingerprint(origin)
+    assert fingerprint(pinned, ask=True) == "a" * 40
 
 
 FAULTS: list[tuple[str, bytes, str]] = [

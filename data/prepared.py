@@ -249,7 +249,7 @@ def _find(
     missing = reading.absent(skip=True)
     differing = [
         (_differences(theirs, asked, wildcard=True) if missing else _differences(_keyed(theirs), _keyed(parts)), found)
-        for found, theirs in (same or there).items()
+        for found, theirs in (same if missing or same else there).items()
     ]
     nearest = min(differing, key=lambda one: len(one[0]), default=None)
     changed = "" if nearest is None else f"{nearest[1].name}, the nearest set in {prepared_dir}, differs: "

@@ -336,7 +336,7 @@ def summary(prepared: Prepared, corpus: Corpus, schedule: Schedule) -> str:
     blocks = [_aligned(sources_table(prepared, corpus)), _aligned(roles_table(prepared, corpus))]
     for values, unit in ((prepared.train.lengths, "tokens"), (corpus.turns, "turns")):
         edges = _edges(values)
-        table = [[f"{unit} a conversation", f"{edges[0]:,} to {edges[-1] - 1:,}"]]
+        table = [[f"{unit} a conversation", f"{values.min():,} to {values.max():,}"]]
         for name, source in _each(prepared):
             counts = np.histogram(values if source is None else values[prepared.train.sources == source], edges)[0]
             table.append([name, "".join(" ▁▂▃▄▅▆▇█"[-(-8 * c // max(counts.max(), 1))] for c in counts.tolist())])

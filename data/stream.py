@@ -323,8 +323,9 @@ class Stream:
         where = f"{self._rejects} says why" if self._rejects is not None else "rank 0 says why"
         if (account.rows["read"] >= _JUDGED_ROWS or ended) and share > self._options.max_loss_share:
             raise DataError(
-                f"data.sources.{name}: {100 * share:.1f} % of the {account.rows['read']:,} rows read so far, or of their "
-                f"tokens, are lost; expected at most {100 * self._options.max_loss_share:g} % (data.max_loss_share). {where}"
+                f"data.sources.{name}: {100 * share:.1f} % of the {account.rows['read']:,} rows read so far, or of "
+                f"their tokens, are lost; expected at most {100 * self._options.max_loss_share:g} % "
+                f"(data.max_loss_share). {where}"
             )
         if ended and not self._cursors[name].kept:
             raise DataError(

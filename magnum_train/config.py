@@ -171,7 +171,8 @@ class DataConfig:
     """Tokenise in the course of training, for sources that do not fit on the disk; needs train.max_steps and a
     tokenizer that is there already."""
     stream_documents: int = 10_000
-    """Conversations from which a step's packs are chosen when streaming: more fill better and mix better."""
+    """Conversations from which a step's packs are chosen when streaming: more fill better and mix better. Fewer wait
+    where a source would stand there twice."""
 
     def __post_init__(self) -> None:
         _above("data.pack_tokens", self.pack_tokens, 2, equal=True)

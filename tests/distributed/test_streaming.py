@@ -91,7 +91,7 @@ def test_what_one_rank_cannot_read_ends_all_with_its_reason_and_no_step_is_lost(
 ) -> None:
     line = streamed_line(tmp_path)
     run_dir, whole = tmp_path / "run", [*line, f"run_dir={tmp_path}/whole"]
-    ends = [end for end, _ in run_ranks(hub_goes_away, 2, line, list(failing), 160)]
+    ends = [end for end, _ in run_ranks(hub_goes_away, 2, line, list(failing), 100)]
     assert [end.split()[0] for end in ends] == kinds.split()
     [speaks] = [end for end in ends if not end.startswith("Elsewhere")]
     assert "data.sources.more.path: the hub went away" in speaks

@@ -19,7 +19,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,8 @@ import numpy as np
 
 from data.documents import Documents, map_part
 from data.errors import DataError
-from data.gates import Progress, Rules
-from data.ledger import LOSSES, Ledger
+from data.gates import Progress, Rejects, Rules
+from data.ledger import GATES, LOSSES, Ledger
 from data.reading import SKIPPED, UNKNOWN, Reading
 from data.sources import Origin, SourceConfig, locate
 from data.stage import fill
@@ -119,7 +119,7 @@ def prepare(
     folder, reused, notes = _find(Path(prepared_dir), vocabulary, reading, known)
     if not reused:
         _make(folder, reading.parts(vocabulary, skip=True), reading, tokenizer, vocab_size, progress)
-    prepared = replace(open_prepared(folder, tokenizer), reused=reused, notes=notes)
+    prepared = replace(open_prepared(folder, tokenizer), reused=reused, notes=(*notes, *reading.same_rows()))
     for name, account in prepared.ledger.accounts.items():
         most, there = sources[name].rows, account.rows["read"]
         if most is not None and not account.rows["unsampled"] and there != most and not account.skipped:
@@ -249,7 +249,7 @@ def _find(
     missing = reading.absent(skip=True)
     differing = [
         (_differences(theirs, asked, wildcard=True) if missing else _differences(_keyed(theirs), _keyed(parts)), found)
-        for found, theirs in (same if missing or same else there).items()
+        for found, theirs in same.items()
     ]
     nearest = min(differing, key=lambda one: len(one[0]), default=None)
     changed = "" if nearest is None else f"{nearest[1].name}, the nearest set in {prepared_dir}, differs: "
@@ -308,6 +308,7 @@ def _differences(old: Any, new: Any, place: str = "", wildcard: bool = False) ->
         return []
     if wildcard and place.endswith(".contents") and (new == UNKNOWN or (new is None and old != SKIPPED)):
         return []
+    place = f"data.{place}" if place.startswith("sources.") else place  # as the setting is called
     return [f"{place} was {_short(old)}, is {_short(new)}"]
 
 
@@ -338,7 +339,7 @@ def _make(
             fcntl.flock(lock, fcntl.LOCK_EX)  # gone with this process, whatever ends it
             if tokenizer is None:
                 assert vocab_size is not None
-                tokenizer = train_tokenizer(reading.training_texts(), vocab_size)
+                tokenizer = _trained(reading, vocab_size, aside / "rejects.jsonl")
             tokenizer.save(aside / "tokenizer.json")
             ledger = fill(aside, reading, tokenizer, progress)
             ledger.balance()
@@ -360,6 +361,38 @@ def _make(
     finally:
         if aside.is_dir():
             shutil.rmtree(aside)
+
+
+def _trained(reading: Reading, vocab_size: int, file: Path) -> Tokenizer:
+    """A tokenizer of the training rows; where these give too little text, the reason may be that none can be used."""
+    ledger = Ledger(list(reading.readers))
+    with Rejects(file) as rejects:
+        try:
+            return train_tokenizer(reading.training_texts(ledger, rejects), vocab_size)
+        except DataError as error:
+            failure = error
+    for name, account in ledger.accounts.items():
+        lost = {gate: account.rows[gate] for gate in ("unsampled", "invalid", "filtered") if account.rows[gate]}
+        if account.rows["read"] and sum(lost.values()) == account.rows["read"]:
+            ended, such_as = (
+                ", ".join(f"{rows} {gate}" for gate, rows in lost.items()),
+                _example(file, name, tuple(lost)),
+            )
+            raise DataError(
+                f"data.sources.{name}: none of its {account.rows['read']} rows is left to train a tokenizer on "
+                f"({ended}); expected at least one. {such_as}Mend the rows, loosen the filter, or leave the source out "
+                f"with ~data.sources.{name}"
+            ) from failure
+    raise failure
+
+
+def _example(rejects: Path, source: str, gates: Sequence[str]) -> str:
+    """One of a source's rows that ended in these gates, with its reason, as a sentence; empty where there is none."""
+    with rejects.open(encoding="utf-8") as lines:
+        for line in map(json.loads, lines):
+            if line["source"] == source and line["gate"] in gates:
+                return f"Such as {line['file']}, row {line['row']}: {line['reason']}. "
+    return ""
 
 
 def _give_name(aside: Path, folder: Path) -> None:
@@ -400,18 +433,21 @@ def _judge(prepared: Prepared, max_loss_share: float, max_tokens: int, streaming
         share, rows = prepared.ledger.loss_share(name), account.rows
         if share > max_loss_share:
             lost = sum(account.tokens[gate] for gate in LOSSES)
+            long = rows["too_long"] or account.cut_rows
+            remedy = "raise data.max_tokens or data.pack_tokens, choose data.too_long=cut_turns, " if long else ""
             raise DataError(
                 f"data.sources.{name}: {100 * share:.1f} % of its rows or of their tokens are lost ({rows['invalid']} "
-                f"invalid, {rows['unweighted']} with nothing to train, {rows['too_long']} longer than {max_tokens} "
+                f"invalid, {rows['unweighted']} with nothing to train, {rows['too_long']} longer than {max_tokens:,} "
                 f"tokens, {account.cut_rows} cut; {lost:,} of {account.tokens['read']:,} tokens); expected at most "
-                f"{100 * max_loss_share:g} % (data.max_loss_share). {where}; mend the rows, raise data.pack_tokens, or "
-                "allow a larger share"
+                f"{100 * max_loss_share:g} % (data.max_loss_share). {_example(prepared.rejects, name, LOSSES)}{where}; "
+                f"mend the rows, {remedy}or allow a larger share"
             )
         if not rows["packed"] and not account.skipped and not streaming:
             ended = ", ".join(f"{rows[gate]} {gate.replace('_', ' ')}" for gate in prepared.ledger.columns()[1:-1])
             raise DataError(
                 f"data.sources.{name}: none of its {rows['read']} rows is left to train ({ended}); expected at least "
-                f"one. {where}; mend the rows, or leave the source out with ~data.sources.{name}"
+                f"one. {_example(prepared.rejects, name, GATES)}{where}; mend the rows, loosen the filter, or leave "
+                f"the source out with ~data.sources.{name}"
             )
     if all(account.skipped for account in prepared.ledger.accounts.values()):
         raise DataError(f"data.sources: all of them were left out ({', '.join(prepared.sources)}); expected one")

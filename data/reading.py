@@ -48,9 +48,12 @@ class Reading:
             key = f"data.sources.{name}"
             for field, unset in (("rows", None), ("validation_share", 0.0)):
                 if streaming and (found := getattr(config, field)) != unset:
+                    instead = (
+                        "train.max_steps bounds a run" if field == "rows" else "validation_path names a file for it"
+                    )
                     raise DataError(
                         f"{key}.{field} is {found}; expected it unset with data.streaming, since the whole source is "
-                        "not known. validation_path takes validation from a file of its own"
+                        f"not known; {instead}"
                     )
             paths = {"path": config.path, "validation_path": config.validation_path}
             self.origins[name] = [
@@ -142,10 +145,28 @@ class Reading:
             drawn = draw(count_rows(origin, commit), most, self.rules.seed, name)
         yield from take(reader, rows_of(origin, commit), origin, ledger, rejects, drawn, validation=place == 1)
 
-    def training_texts(self) -> Iterator[str]:
-        """What a tokenizer is trained on."""
+    def training_texts(self, ledger: Ledger, rejects: Rejects) -> Iterator[str]:
+        """What a tokenizer is trained on.
+
+        Args:
+            ledger: told of each source's rows, and of those that have no text to give.
+            rejects: told of the latter.
+        """
         for name in self.readers:
             if not self.skipped(name):
-                for taken in self.conversations(name, 0):
-                    if not taken.held_out and taken.refusal is None:
+                for taken in self.conversations(name, 0, ledger, rejects):
+                    if taken.refusal is not None:
+                        ledger.ended(name, "filtered", reason=taken.refusal)
+                        rejects.add(name, self.origins[name][0].name, taken.number, "filtered", taken.refusal)
+                    elif not taken.held_out:
                         yield from (message.content for message in taken.conversation.messages)
+
+    def same_rows(self) -> list[str]:
+        """What a person should know of sources that are one and the same file."""
+        first: dict[str, str] = {}
+        said = []
+        for name, origins in self.origins.items():
+            contents = self.contents[origins[0]]
+            if contents is not None and first.setdefault(contents, name) != name:
+                said.append(f"data.sources.{name} has the same rows as data.sources.{first[contents]}")
+        return said

@@ -325,7 +325,7 @@ class Stream:
             raise DataError(
                 f"data.sources.{name}: {100 * share:.1f} % of the {account.rows['read']:,} rows read so far, or of "
                 f"their tokens, are lost; expected at most {100 * self._options.max_loss_share:g} % "
-                f"(data.max_loss_share). {where}"
+                f"(data.max_loss_share). {where}; mend the rows, or allow a larger share"
             )
         if ended and not self._cursors[name].kept:
             raise DataError(

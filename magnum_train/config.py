@@ -450,7 +450,8 @@ class TrainConfig:
         if self.data.deduplicate != "none":
             raise ConfigError("data.deduplicate", repr(self.data.deduplicate), "none, with data.streaming")
         if self.data.packing != "best_fit":
-            raise ConfigError("data.packing", repr(self.data.packing), "best_fit, with data.streaming")
+            remedy = "era=axolotl_2024 sets it; add data.packing=best_fit."
+            raise ConfigError("data.packing", repr(self.data.packing), "best_fit, with data.streaming", remedy)
 
     @property
     def packs_per_step(self) -> int:
@@ -608,6 +609,9 @@ def _as_user_error(error: Exception, schema: type) -> ValueError | None:
     choice = re.search(r"Could not find '(.+)/(.+)'.*?Available options in '[^']*':\s*(.*)", str(error), re.DOTALL)
     if choice:
         return ConfigError(choice[1], repr(choice[2]), "one of " + ", ".join(choice[3].split("\nConfig")[0].split()))
+    folder = re.search(r"Additional config directory '(.*)' not found", str(error))
+    if folder:
+        return ConfigError("--config-dir", folder[1], "a folder that is there")
     if isinstance(error, ValueError) and "Config group override" in str(error):
         asked = next((w for w in sys.argv[1:] if w.split("=")[0].lstrip("+") in _GROUPS), "command line")
         return ConfigError(asked, str(error), "the name of a file in that group; leave it out for none")

@@ -43,15 +43,19 @@ def prepare_data(
         )
     for note in prepared.notes:
         terminal.say(note)
-    terminal.say(f"conversations {'found' if prepared.reused else 'prepared'} in {prepared.folder}")
+    what = "conversations that validate" if settings.data.streaming else "conversations"
+    terminal.say(f"{what} {'found' if prepared.reused else 'prepared'} in {prepared.folder}")
     return prepared
 
 
 def main(settings: TrainConfig) -> None:
     """Prepare, and print where every row went."""
     prepared = prepare_data(settings, Terminal(is_main=True))
+    if settings.data.streaming:
+        print("data.streaming: the other conversations are tokenised in training\n")
     print(prepared.ledger.render())
-    print(f"\nrows that were lost: {prepared.rejects}")
+    if prepared.rejects.stat().st_size:
+        print(f"\nrows that are not kept, and why: {prepared.rejects}")
 
 
 if __name__ == "__main__":

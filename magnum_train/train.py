@@ -369,10 +369,12 @@ def plan_text(settings: TrainConfig, batches: Batches, prepared: Prepared, ranks
     length = "as set" if settings.train.max_steps else f"in {settings.train.epochs} epochs"
     quiet = "; no validation, since no source has rows for it" if not len(prepared.validation) else ""
     shares = ", ".join(f"{name} {share:.1%}" for name, share in batches.shares.items())
-    source = f"streamed, {settings.data.stream_documents:,} conversations waiting, rows from {shares}"
+    source = f"streamed, up to {settings.data.stream_documents:,} conversations waiting, rows from {shares}"
     if batches.schedule is not None:
         first, fill = len(batches.schedule.packing(0)), batches.schedule.fill(0)
         source = f"{first:,} packs in the first epoch, {fill:.1%} filled"
+        if first < packs:
+            source += " (less than a step: train.tokens_per_step can be lower)"
     return (
         f"{packs} packs of {settings.data.pack_tokens:,} a step = {world} ranks{mesh} x {packs // world} accumulation; "
         f"{source}; {batches.total_steps:,} steps {length}{quiet}"

@@ -326,3 +326,28 @@ def test_a_conversation_that_no_pack_could_hold_is_not_encoded(write_rows: Write
     prepared = run({"a": SourceConfig(str(write_rows(rows)))})
     assert prepared.ledger.accounts["a"].reasons["invalid"] == {"too long to encode": 1}
     assert rejects(prepared)[2] == "4,000,003 characters; the most is 4,000,000"
+
+
+def test_a_vocabulary_that_finds_no_text_says_why_there_is_none(write_rows: Write, tmp_path: Path) -> None:
+    source = {"a": SourceConfig(str(write_rows([{"log": "x"}, {"log": "y"}])))}
+    with pytest.raises(DataError) as caught:
+        prepare(source, Rules(100), prepared_dir=tmp_path / "prepared", tokenizer=None, vocab_size=400)
+    message = str(caught.value)
+    assert message.startswith("data.sources.a: none of its 2 rows is left to train a tokenizer on (2 invalid)")
+    assert "Such as rows.jsonl, row 1: the row has the fields log; expected one of" in message
+
+
+def test_two_sources_of_the_same_rows_are_said(write_rows: Write, run: Run) -> None:
+    path = str(write_rows([turns("hi", "yo")]))
+    prepared = run({"a": SourceConfig(path), "b": SourceConfig(path)})
+    assert prepared.notes == ("data.sources.b has the same rows as data.sources.a",)
+
+
+def test_a_refusal_shows_a_row_and_the_setting_that_would_help(
+    write_rows: Write, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    source = {"a": SourceConfig(str(write_rows([turns("hi", "yo"), turns("hi", "la " * 99)])))}
+    with pytest.raises(
+        DataError, match=r"Such as rows.jsonl, row 2: \d+ tokens; .* raise data.max_tokens or data.pack_tokens"
+    ):
+        prepare(source, Rules(100), prepared_dir=tmp_path, tokenizer=tokenizer)

@@ -148,7 +148,7 @@ class Batches:
         """A step that every rank has read, and the same rows of it."""
         try:
             data, marks = self._ranks.settle(f"stream {step}", made.result())
-        except Exception:
+        except Exception:  # of any kind, here or on another rank; it goes on to whoever asked for the step
             self.failed = True
             raise
         usual = marks.index(Counter(marks).most_common(1)[0][0])

@@ -396,7 +396,7 @@ def loop(run: Run, record: metrics.Metrics) -> None:
             try:
                 with profiled(run, step):
                     row = one_step(run, step, peak)
-            except Exception:
+            except Exception:  # of any kind; raised again below
                 # A stream that fails, such as a hub that went away, need not cost the steps since the last checkpoint.
                 done, every = step - 1, settings.checkpoint.every_steps
                 if run.batches.failed and every is not None and done > first and not due(done, every, total):

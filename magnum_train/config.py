@@ -230,7 +230,9 @@ class StepConfig:
     max_grad_norm: float | None = 1.0
     """Gradients are scaled down to this global L2 norm; null leaves them."""
     max_skipped_steps: int = 10
-    """Updates refused for a non-finite loss or gradient norm, in the whole run, before it stops with an error."""
+    """Updates refused, in the whole run, before it stops with an error; see guard."""
+    max_minutes: float | None = None
+    """Minutes after which the run saves and ends, to go on when it is started again; for queues with a time limit."""
     threads: int | None = None
     """CPU threads of a process; null shares the host's cores among its processes (torchrun alone sets one)."""
     deterministic: bool = False
@@ -247,6 +249,7 @@ class StepConfig:
         _above("train.max_steps", self.max_steps, 1, equal=True)
         _above("train.max_grad_norm", self.max_grad_norm, 0)
         _above("train.max_skipped_steps", self.max_skipped_steps, 0, equal=True)
+        _above("train.max_minutes", self.max_minutes, 0)
         _above("train.threads", self.threads, 1, equal=True)
         _above("train.collect_garbage_every_steps", self.collect_garbage_every_steps, 1, equal=True)
 
@@ -340,16 +343,75 @@ class SamplesConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When the run is saved."""
+    """When the run is saved, and which checkpoints stay. There is one at the end as well."""
 
-    every_steps: int = 200
-    """Steps between checkpoints; there is one at the end as well."""
+    every_steps: int | None = 200
+    """Steps between checkpoints; null: none by steps."""
+    every_minutes: float | None = None
+    """Minutes between checkpoints, by rank 0's clock; null: none by time."""
+    every_epochs: int | None = None
+    """Epochs between checkpoints that are kept under the name epoch-N; null: none by epochs."""
+    pin: dict[str, int] = field(default_factory=dict)
+    """Steps after which a checkpoint is saved and kept under a name: +checkpoint.pin.NAME=STEP."""
+    pinned_weights_only: bool = False
+    """Checkpoints that bear a name hold weights alone, in bfloat16: a sixth of the size, to chat with and to export, not
+    to go on from."""
     keep_last: int | None = 3
     """Newest checkpoints that stay; null keeps all."""
+    keep_every_steps: int | None = None
+    """Checkpoints of steps that this divides stay too; null: none for that reason."""
+    keep_best: int = 1
+    """Checkpoints of the lowest validation loss that stay too, of those whose step was validated."""
+    asynchronous: bool = True
+    """Write while training goes on; needs a copy of weights and moments in the hosts' memory. false: training waits."""
+    timeout_seconds: int = 3600
+    """Longest time of one save, before the run ends with an error."""
 
     def __post_init__(self) -> None:
         _above("checkpoint.every_steps", self.every_steps, 1, equal=True)
+        _above("checkpoint.every_minutes", self.every_minutes, 0)
+        _above("checkpoint.every_epochs", self.every_epochs, 1, equal=True)
         _above("checkpoint.keep_last", self.keep_last, 1, equal=True)
+        _above("checkpoint.keep_every_steps", self.keep_every_steps, 1, equal=True)
+        _above("checkpoint.keep_best", self.keep_best, 0, equal=True)
+        _above("checkpoint.timeout_seconds", self.timeout_seconds, 1, equal=True)
+        for name, step in self.pin.items():
+            if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_.-]*", name) or name == "best" or name.startswith("epoch-"):
+                expected = "a letter, then letters, digits, - . _; not best, and not epoch-N, which epochs bear"
+                raise ConfigError(f"checkpoint.pin.{name}", repr(name), expected)
+            if not isinstance(step, int) or isinstance(step, bool) or step < 1:
+                raise ConfigError(f"checkpoint.pin.{name}", repr(step), "a step, at least 1")
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """What happens when numbers go wrong. What decides is the same on all ranks, and is saved with the run."""
+
+    nonfinite: str = "skip"
+    """A loss or gradient norm that is not finite: skip refuses the update; roll_back goes back to the newest checkpoint
+    and leaves the step out on the way."""
+    spike: str = "warn"
+    """A loss or gradient norm far above its recent values: warn says so and applies the update; skip and roll_back."""
+    spike_deviations: float = 10.0
+    """How far above the median counts as a spike, in standard deviations (estimated from the median deviation)."""
+    window: int = 100
+    """Applied steps whose loss and gradient norm are looked back on; nothing is a spike before there are 20."""
+    step_over: int = 1
+    """Steps left out after a roll-back, the last of them the one that went wrong. 1 helps against a broken machine,
+    more also against updates whose harm showed late."""
+    max_roll_backs: int = 3
+    """Roll-backs of one start, before the run stops with an error."""
+    compare_replicas_every_steps: int | None = None
+    """Steps between comparisons of the weights over the copies of the model; needs parallel.replicate of 2 or more."""
+
+    def __post_init__(self) -> None:
+        _choice("guard.nonfinite", self.nonfinite, ("skip", "roll_back"))
+        _choice("guard.spike", self.spike, ("warn", "skip", "roll_back"))
+        _above("guard.spike_deviations", self.spike_deviations, 0)
+        _above("guard.window", self.window, 20, equal=True)
+        _above("guard.step_over", self.step_over, 1, equal=True)
+        _above("guard.max_roll_backs", self.max_roll_backs, 0, equal=True)
+        _above("guard.compare_replicas_every_steps", self.compare_replicas_every_steps, 1, equal=True)
 
 
 @dataclass(frozen=True)
@@ -376,7 +438,7 @@ class DistributedConfig:
     """The process group."""
 
     timeout_seconds: int = 600
-    """Longest wait of a collective before the process group gives up."""
+    """Longest wait for another rank. One that hangs is found at three quarters of it, one that is gone at a quarter."""
 
     def __post_init__(self) -> None:
         _above("distributed.timeout_seconds", self.timeout_seconds, 1, equal=True)
@@ -417,6 +479,7 @@ class TrainConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
@@ -432,6 +495,11 @@ class TrainConfig:
             )  # fmt: skip
         if self.data.streaming:
             self._check_streaming()
+        if self.guard.compare_replicas_every_steps is not None and self.parallel.replicate == 1:
+            raise ConfigError(
+                "guard.compare_replicas_every_steps", "a number, with parallel.replicate=1",
+                "at least two copies of the model to compare", "Set parallel.replicate, or leave this null.",
+            )  # fmt: skip
         if self.tokenizer.append and self.model.weights is None:
             raise ConfigError("tokenizer.append", "true without model.weights", "weights whose matrices are to grow")
         if self.train.tokens_per_step % self.data.pack_tokens:
@@ -529,9 +597,9 @@ class ExportConfig:
 RESUMABLE = (
     "run_dir", "model.attention", "data.prepared_dir", "data.max_loss_share", "data.sources.*.path",
     "data.sources.*.validation_path", "data.sources.*.revision", "data.sources.*.missing", "tokenizer.path",
-    "train.max_steps", "train.epochs", "train.max_skipped_steps", "train.threads",
+    "train.max_steps", "train.epochs", "train.max_skipped_steps", "train.max_minutes", "train.threads",
     "train.collect_garbage_every_steps", "train.export_at_end", "parallel.*", "validation.*", "samples.*",
-    "checkpoint.*", "metrics.*", "profile.*", "distributed.*", "report.*",
+    "checkpoint.*", "guard.*", "metrics.*", "profile.*", "distributed.*", "report.*",
 )  # fmt: skip
 """Settings that may differ when a run is resumed. Data and tokenizer are compared by content; files may move."""
 

@@ -205,6 +205,11 @@ class Schedule:
         here = np.bincount(done.members, minlength=len(self._lengths))
         return here + (epoch if self._repeats is None else self._repeats.before(epoch))
 
+    def epoch_ends(self) -> list[int]:
+        """Steps after which an epoch is complete, ascending, none after `total_steps`; may have to pack them all."""
+        self._epoch_of(self.total_steps)
+        return [end for end in self._starts[1:] if end <= self.total_steps]
+
     def _epoch_of(self, step: int) -> tuple[int, int]:
         """The epoch in which a step lies, and that epoch's first step."""
         while self._starts[-1] <= step:
@@ -291,6 +296,7 @@ class StepData:
         source_weight_sums: the part of `weight_sum` that is each source's, [sources].
         rows: for each pack on all ranks, in the schedule's order, the source's number and the row's of each
             document, [documents, 2].
+        packs: for each of `micro_batches` the number of its pack in `rows`; -1 for a pack of padding.
     """
 
     micro_batches: list[PackedBatch]
@@ -303,6 +309,7 @@ class StepData:
     lengths: Int64[np.ndarray, "documents"]
     source_weight_sums: Float64[np.ndarray, "sources"]
     rows: list[Int64[np.ndarray, "_ 2"]]
+    packs: list[int]
 
 
 @dataclass(frozen=True)
@@ -357,8 +364,8 @@ class StepMaker:
         sources = documents.sources[members]
         factors, shares = self._scaling(documents, packs)
         costs = self.cost.of(packs, documents, self.pack_tokens)
-        batches = []
-        for number in assign(costs, world, per_rank)[rank]:
+        batches, numbers = [], assign(costs, world, per_rank)[rank]
+        for number in numbers:
             where = slice(0, 0) if number < 0 else slice(bounds[number], bounds[number + 1])
             examples = [
                 documents.example(index, factor)
@@ -378,6 +385,7 @@ class StepMaker:
             lengths=lengths,
             source_weight_sums=by_source.astype(np.float64),  # of nothing, bincount counts integers
             rows=[pairs[start:stop] for start, stop in pairwise(bounds.tolist())],
+            packs=numbers,
         )
 
     def _scaling(self, documents: Documents, packs: Packs) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -223,11 +223,14 @@ class Stream:
         np.savez(file, allow_pickle=False, known=np.array(known), trained=state.trained, since=since, **arrays)
         return file.getvalue()
 
-    def restore(self, saved: bytes) -> None:
+    def restore(self, saved: bytes) -> int:
         """Go back to a saved state.
 
         Args:
             saved: by `save`, of a stream with the same arguments.
+
+        Returns:
+            Steps made when it was saved.
 
         Raises:
             ValueError: it is damaged, or something else.
@@ -247,6 +250,7 @@ class Stream:
         if file is not None and file.is_file() and file.stat().st_size > rejects_end:
             os.truncate(file, rejects_end)  # what came after is read again
         self._states = {step: self._now(trained)}
+        return step
 
     def _now(self, trained: NDArray[np.int64]) -> _State:
         cursors = {name: asdict(cursor) for name, cursor in self._cursors.items()}

@@ -4,6 +4,7 @@ Owns what of the configuration decides the order of the data, reading a step ahe
 same from a stream. What a batch is stands in `data`.
 """
 
+import contextlib
 import hashlib
 from collections import Counter
 from collections.abc import Callable
@@ -14,12 +15,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from data import DataError
 from data.ledger import Ledger
 from data.loader import Cost, Loader, Repeats, Schedule, StepData, StepMaker, Validation
 from data.prepared import Prepared, streamed
 from data.stream import Stream, StreamOptions
 from magnum_train.config import TrainConfig
-from magnum_train.distributed import Attempt, Ranks
+from magnum_train.distributed import Attempt, ElsewhereError, Ranks
 from magnum_train.errors import CheckpointError, ConfigError, RunError
 from model import TransformerConfig
 from model.flops import block_matmul_parameters
@@ -116,6 +118,7 @@ class Batches:
         self.total_steps = self._steps.total_steps
         self._pool = ThreadPoolExecutor(1, "batches")
         self._ahead: tuple[int, Callable[[], StepData]] | None = None
+        self._restored = 0  # how often; names what ranks tell each other of a stream
 
     def step(self, step: int) -> StepData:
         """This rank's batches of a step, from 0; the next one's are made while this one is trained.
@@ -140,14 +143,18 @@ class Batches:
     def _attempt(self, step: int) -> Attempt[StepData]:
         """Read a step from the stream and tell the other ranks how it went, so that no one trains where one cannot."""
         # This rank has heard from all of the step before, so all of them have settled the one before that.
-        self._ranks.forget(f"stream {step - 2}")
+        self._ranks.forget(self._told(step - 2))
         read = partial(self._steps.step, step, self._ranks.rank, self._ranks.world_size)
-        return self._ranks.attempt(f"stream {step}", read, _mark)
+        return self._ranks.attempt(self._told(step), read, _mark)
+
+    def _told(self, step: int) -> str:
+        """What a step's reading is called among the ranks; a step that is read again has another name."""
+        return f"stream {self._restored}/{step}"
 
     def _agreed(self, step: int, made: "Future[Attempt[StepData]]") -> StepData:
         """A step that every rank has read, and the same rows of it."""
         try:
-            data, marks = self._ranks.settle(f"stream {step}", made.result())
+            data, marks = self._ranks.settle(self._told(step), made.result())
         except Exception:  # of any kind, here or on another rank; it goes on to whoever asked for the step
             self.failed = True
             raise
@@ -190,20 +197,33 @@ class Batches:
         """Files that rank 0 adds to a checkpoint after so many steps; of a prepared set none: the step says all."""
         return {STREAM: self._steps.save(steps)} if isinstance(self._steps, Stream) and self._ranks.is_main else {}
 
-    def restore(self, folder: Path) -> None:
+    def epoch_ends(self) -> list[int]:
+        """The last step, from 1, of each epoch that ends in the run; none where sources are streamed."""
+        return [] if self.schedule is None else self.schedule.epoch_ends()
+
+    def restore(self, folder: Path, step: int) -> None:
         """Go back to where a checkpoint was saved.
 
         Args:
             folder: The checkpoint's.
+            step: Its step.
 
         Raises:
             CheckpointError: It does not say how far a stream had been read.
         """
         if not isinstance(self._steps, Stream):
             return
+        if self._ahead is not None:  # being read now, from where the stream has come to
+            with contextlib.suppress(DataError, ElsewhereError, RunError):
+                self._ahead[1]()
+            self._ahead = None
+        self._restored += 1
+        self.failed = False
         file = folder / STREAM
         try:
-            self._steps.restore(file.read_bytes())
+            found = self._steps.restore(file.read_bytes())
+            if found != step:
+                raise ValueError(f"what was read until step {found}")
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 str(file), error.strerror or str(error) if isinstance(error, OSError) else str(error),

@@ -9,10 +9,14 @@ import importlib
 import io
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports below take seconds; Ctrl-C in them is no error to trace
 
 from rich.console import Console
 
@@ -379,21 +383,21 @@ def chat(config: ChatConfig) -> None:
         prompts = [Prompt(config.prompt, config.system)]
     elif config.prompt_file is not None or sys.stdin is None or not sys.stdin.isatty():
         prompts = [Prompt(read_text(config.prompt_file or "-"), config.system)]
-    found = find(config.weights, "weights")
-    model, tokenizer = load_model(found, config.tokenizer, dtype=config.dtype)
-    try:
-        if config.prompts is not None:
-            _labelled(model, tokenizer, config, prompts)
-        elif prompts:
-            _alone(model, tokenizer, config, prompts[0], found.max_positions)
-        else:
-            _at_the_terminal(model, tokenizer, config, found.max_positions)
-    except BrokenPipeError:  # `… | head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(141) from None  # as a shell counts SIGPIPE
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left over is not tried again
-        raise ConfigError("standard output", str(error.strerror), "room for the reply") from error
+    with find(config.weights, "weights") as found:  # to the end: what one talks with can still be exported then
+        model, tokenizer = load_model(found, config.tokenizer, dtype=config.dtype)
+        try:
+            if config.prompts is not None:
+                _labelled(model, tokenizer, config, prompts)
+            elif prompts:
+                _alone(model, tokenizer, config, prompts[0], found.max_positions)
+            else:
+                _at_the_terminal(model, tokenizer, config, found.max_positions)
+        except BrokenPipeError:  # `… | head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(141) from None  # as a shell counts SIGPIPE
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left over is not tried again
+            raise ConfigError("standard output", str(error.strerror), "room for the reply") from error
 
 
 def _labelled(model: Transformer, tokenizer: Tokenizer, config: ChatConfig, prompts: Sequence[Prompt]) -> None:
@@ -440,4 +444,6 @@ def _show(text: str) -> None:
 
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     verb(chat, ChatConfig, "chat")

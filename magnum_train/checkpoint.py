@@ -1,20 +1,35 @@
-"""Sharded checkpoints that are complete or not there, and can be read at another world size.
+"""What a checkpoint is; which of a run's can be trusted; reading one, whatever world size saved it.
 
-A checkpoint is written beside its place under a name that nothing reads, and renamed once every rank's files and
-`state.json` are on disk. What can be worked out from the step (position in the data, learning rate) is not in it.
+    step-00000200/manifest.json   every file with its size and SHA-256
+                  state.json      what a step depends on beside weights and moments: `TrainState`
+                  weights/        sharded, float32 (torch's distributed checkpoint)
+                  optimizer/      sharded: Adam's moments and counts
+                  random/         the states of each rank's random generators
+                  stream.npz      how far streamed sources were read
+                  pin             where it bears a name, which pruning spares; by hand: echo NAME > …/pin
+    weights-00000200/             the same with bfloat16 weights alone: to read, not to go on from
+
+A folder with such a name is complete: it was renamed when all of it was on disk and verified (`saver.py`). What can be
+worked out from the step (position in the data, learning rate) is not in it.
 """
 
+import contextlib
+import fcntl
+import hashlib
 import io
 import json
+import os
 import pickle
+import random
 import re
-import shutil
 import warnings
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -30,14 +45,13 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from magnum_train.distributed import Ranks
 from magnum_train.errors import CheckpointError
-from model.hf import sync_to_disk
 
-FORMAT = 1
-_NAME = re.compile(r"step-(\d{8})")
+FORMAT = 2
+MANIFEST, STATE, PIN = "manifest.json", "state.json", "pin"
+_NAME = re.compile(r"(step|weights)-(\d{8})")
 _METADATA_CLASSES = {
     "torch.distributed.checkpoint.metadata": (
         "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
@@ -62,22 +76,60 @@ class TrainState:
     """Of these, the ones whose update was refused."""
     data_key: str
     """Key of the prepared data that the steps were taken on; it is a hash of all that decides its contents."""
+    settings: str = ""
+    """Digest of the settings that may not change when the run goes on."""
     choices: dict[str, str] = field(default_factory=dict)
     """What was chosen at start by looking at the machine, to be chosen again: the attention backend."""
+    total_steps: int = 0
+    """Steps of the run when it was saved: the horizon of the learning rate."""
+    validation_loss: float | None = None
+    """Of this very step; None where it was not validated."""
+    recent: list[list[float]] = field(default_factory=list)
+    """Loss and gradient norm of the last applied steps, which tell a spike."""
+    stepped_over: list[int] = field(default_factory=list)
+    """Steps whose update is left out since they went wrong once."""
+    owed: list[str] = field(default_factory=list)
+    """What was due at this step and left out since somebody asked to stop: validation, samples."""
+    saved_on: dict[str, str] = field(default_factory=dict)
+    """Ranks, mesh, device and torch, which decide the last bits of what follows."""
     format: int = FORMAT
     """Version of this layout."""
 
 
 def steps(run_dir: Path) -> list[int]:
     """The steps of a run's complete checkpoints, ascending."""
+    return _steps(run_dir, "step")
+
+
+def weights_only(run_dir: Path) -> list[int]:
+    """The steps of which a run has weights alone, ascending."""
+    return _steps(run_dir, "weights")
+
+
+def _steps(run_dir: Path, kind: str) -> list[int]:
     folder = run_dir / "checkpoints"
     names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-    return sorted(int(match[1]) for name in names if (match := _NAME.fullmatch(name)))
+    return sorted(int(match[2]) for name in names if (match := _NAME.fullmatch(name)) and match[1] == kind)
 
 
-def path_of(run_dir: Path, step: int) -> Path:
-    """Where the checkpoint of a step stands."""
-    return run_dir / "checkpoints" / f"step-{step:08d}"
+def path_of(run_dir: Path, step: int, *, alone: bool = False) -> Path:
+    """Where the checkpoint of a step stands; `alone` means its weights alone."""
+    return run_dir / "checkpoints" / f"{'weights' if alone else 'step'}-{step:08d}"
+
+
+def pins(folder: Path) -> list[str]:
+    """The names that a checkpoint bears."""
+    try:
+        return (folder / PIN).read_text().split()
+    except FileNotFoundError:  # for most, and for one that is pruned just now
+        return []
+
+
+def named(run_dir: Path) -> dict[str, Path]:
+    """A run's checkpoints that bear a name, whole ones before those of weights alone."""
+    alone = [path_of(run_dir, step, alone=True) for step in weights_only(run_dir)]
+    whole = [path_of(run_dir, step) for step in steps(run_dir)]
+    return {name: folder for folder in (*alone, *whole) for name in pins(folder)}
 
 
 def read_state(folder: Path) -> TrainState:
@@ -86,63 +138,167 @@ def read_state(folder: Path) -> TrainState:
     Raises:
         CheckpointError: If it is missing, unreadable, or of another format version.
     """
-    file = folder / "state.json"
+    file = folder / STATE
     try:
-        state = TrainState(**json.loads(file.read_text()))
-    except (OSError, TypeError, json.JSONDecodeError) as error:
+        values = json.loads(file.read_text())
+        if isinstance(values, dict) and values.get("format") != FORMAT:
+            remedy = "Use the version that made it."
+            raise CheckpointError(str(file), f"format {values.get('format')}", f"format {FORMAT}", remedy)
+        return TrainState(**values)
+    except (OSError, TypeError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(str(file), str(error), "a checkpoint's state", "Remove this checkpoint.") from error
-    if state.format != FORMAT:
-        raise CheckpointError(str(file), f"format {state.format}", f"format {FORMAT}", "Use the version that made it.")
-    return state
 
 
-def save(
-    run_dir: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    state: TrainState,
-    *,
-    files: Mapping[str, bytes] | None = None,
-    keep_last: int | None,
-    ranks: Ranks,
-) -> Path:
-    """Save a checkpoint, make it visible by one rename, then drop the oldest.
+def digest(file: Path) -> tuple[int, str]:
+    """A file's size in bytes and the SHA-256 of its content, in hexadecimal."""
+    with file.open("rb") as content:
+        sha = hashlib.file_digest(content, "sha256").hexdigest()
+        return os.fstat(content.fileno()).st_size, sha
+
+
+def manifest(folder: Path) -> dict[str, tuple[int, str]]:
+    """The files of a checkpoint with their sizes and digests, largest first.
+
+    Raises:
+        ValueError: There is none, or it cannot be read; says why.
+    """
+    file = folder / MANIFEST
+    try:
+        files = json.loads(file.read_text())["files"]
+        found = {str(name): (int(size), str(sha)) for name, (size, sha) in files.items()}
+    except OSError as error:
+        raise ValueError(f"{MANIFEST}: {error.strerror}") from error
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{MANIFEST} cannot be read") from error
+    return dict(sorted(found.items(), key=lambda item: -item[1][0]))
+
+
+def difference(folder: Path, files: Iterable[tuple[str, tuple[int, str]]]) -> str | None:
+    """The first of some files of a checkpoint that is not what its manifest says; None where all are."""
+    for name, (size, sha) in files:
+        path = folder / name
+        try:
+            there = path.stat().st_size
+            if there != size:
+                return f"{name} has {there:,} bytes, not {size:,}"
+            if (found := digest(path)[1]) != sha:
+                return f"{name} has another content than was written (SHA-256 {found[:8]}…, not {sha[:8]}…)"
+        except OSError as error:
+            return f"{name}: {error.strerror}"
+    return None
+
+
+def check(folder: Path, parts: tuple[str, ...] = ("",)) -> str | None:
+    """Compare a checkpoint's files with its manifest, by one process with a few threads.
 
     Args:
-        run_dir: The run's folder, shared by all ranks.
-        model: Sharded.
-        optimizer: Its optimizer.
-        state: What else belongs to the step.
-        files: Further files that belong to it, by name; rank 0's are written.
-        keep_last: How many of the newest stay; None keeps all.
-        ranks: All of them call this.
+        folder: The checkpoint's.
+        parts: Beginnings of the names that matter, such as "weights/"; all by default.
 
     Returns:
-        The checkpoint's folder.
+        What is wrong, in words; None where nothing is.
     """
-    final = path_of(run_dir, state.step)
-    aside = final.with_name(f".writing-{final.name}")
-    if ranks.is_main:
-        for left in (*final.parent.glob(".writing-*"), *final.parent.glob(".removing-*")):
-            shutil.rmtree(left)  # by an earlier start that died in a save
-        aside.mkdir(parents=True)
-    ranks.barrier()
-    weights, moments = get_state_dict(model, optimizer)
-    dcp_save({"model": weights, "optimizer": moments}, checkpoint_id=str(aside))
-    if ranks.is_main:
-        (aside / "state.json").write_text(json.dumps(asdict(state), indent=1))
-        for name, content in (files or {}).items():
-            (aside / name).write_bytes(content)
-        for file in aside.iterdir():
-            sync_to_disk(file)
-        sync_to_disk(aside)
-        aside.rename(final)
-        sync_to_disk(final.parent)
-        for step in steps(run_dir)[: -keep_last if keep_last else 0]:
-            removed = path_of(run_dir, step)
-            shutil.rmtree(removed.rename(removed.with_name(f".removing-{removed.name}")))
-    ranks.barrier()
-    return final
+    try:
+        files = [(name, entry) for name, entry in manifest(folder).items() if name.startswith(parts)]
+    except ValueError as error:
+        return str(error)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return next((wrong for wrong in pool.map(lambda file: difference(folder, [file]), files) if wrong), None)
+
+
+@contextlib.contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Keep a checkpoint from being pruned while it is read, by any process on any host whose file system has locks.
+
+    Raises:
+        CheckpointError: It is gone.
+    """
+    try:
+        file = (folder / MANIFEST).open("rb")
+    except OSError as error:
+        raise CheckpointError(str(folder), error.strerror or str(error), "a checkpoint") from error
+    with file:
+        with contextlib.suppress(OSError):  # a file system without locks; there pruning cannot look for readers either
+            fcntl.flock(file, fcntl.LOCK_SH)
+        try:
+            here = (folder / MANIFEST).stat()
+        except OSError:
+            here = None
+        if here is None or here.st_ino != os.fstat(file.fileno()).st_ino:
+            raise CheckpointError(str(folder), "one that has just been pruned", "a checkpoint", "Try again.")
+        yield
+
+
+def newest(run_dir: Path, settings: str, ranks: Ranks, occasion: str) -> tuple[TrainState | None, list[str]]:
+    """The newest of a run's checkpoints that verifies. Those that do not are set aside, under another name.
+
+    Every rank reads its share of the files, and hears what the others found.
+
+    Args:
+        run_dir: The run's folder.
+        settings: Digest of the settings that may not change.
+        ranks: All of them call this.
+        occasion: Names this call among those of the run.
+
+    Returns:
+        Its state, or None where the run has no checkpoint yet; and for each one that was passed over, why.
+
+    Raises:
+        CheckpointError: There are some, and none verifies; or one is of another format version.
+    """
+    listed = ranks.once(f"checkpoints {occasion}", lambda: json.dumps(steps(run_dir)))
+    passed: list[str] = []
+    found = None
+    there = json.loads(listed)
+    while there and found is None:
+        folder = path_of(run_dir, there.pop())
+        wrong = _verify(folder, settings, ranks, occasion)
+        if wrong is None:
+            found = read_state(folder)
+        else:
+            passed.append(f"{folder.name}: {wrong}")
+    if passed and found is None:
+        raise CheckpointError(
+            str(run_dir / "checkpoints"), "; ".join(passed), "at least one checkpoint that verifies",
+            "Remove them to begin anew, or choose another run_dir.",
+        )  # fmt: skip
+    ranks.once(f"set aside {occasion}", lambda: _set_aside(run_dir, len(passed)))
+    return found, [f"passed over {text}; it is now passed-over-{text.partition(':')[0]}" for text in passed]
+
+
+def _verify(folder: Path, settings: str, ranks: Ranks, occasion: str) -> str | None:
+    """What is wrong with a checkpoint, the same on all ranks; None where nothing is."""
+
+    def mine() -> str:
+        try:
+            files = list(manifest(folder).items())
+        except ValueError as error:
+            return str(error)
+        return difference(folder, files[ranks.rank :: ranks.world_size]) or ""
+
+    if not (folder / MANIFEST).exists() and (folder / ".metadata").exists():
+        read_state(folder)  # the layout before this one; says so
+    name = f"verify {folder.name} {occasion}"
+    found = ranks.settle(name, ranks.attempt(name, mine, lambda wrong: wrong))[1]
+    wrong = next((text for text in found if text), None)
+    if wrong is None and settings and read_state(folder).settings != settings:
+        return "it was saved by a run with other settings"
+    return wrong
+
+
+def _set_aside(run_dir: Path, count: int) -> str:
+    """Rename the newest checkpoints, which do not verify, so that nothing takes them for good ones."""
+    for step in steps(run_dir)[::-1][:count]:
+        folder = path_of(run_dir, step)
+        aside = folder.with_name(f"passed-over-{folder.name}")
+        number = 1
+        while aside.exists():
+            number += 1
+            aside = folder.with_name(f"passed-over-{folder.name}-{number}")
+        folder.rename(aside)
+    return ""
 
 
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
@@ -161,20 +317,73 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Tr
     """
     state = read_state(folder)
     weights, moments = get_state_dict(model, optimizer)
-    whole: dict[str, Any] = {"model": weights, "optimizer": moments}
+    read: dict[str, Any] = {"model": weights}
+    read_moments: dict[str, Any] = {"optimizer": moments}
     hyper = [dict(group) for group in optimizer.param_groups]
     remedy = "Remove this checkpoint to go on from the one before, or choose another run_dir."
-    _read(folder, whole, "the weights and moments of this model", remedy)
+    _read(folder / "weights", read, "the weights of this model", remedy)
+    _read(folder / "optimizer", read_moments, "the moments of this model", remedy)
     set_state_dict(
         model,
         optimizer,
-        model_state_dict=whole["model"],
-        optim_state_dict=whole["optimizer"],
+        model_state_dict=read["model"],
+        optim_state_dict=read_moments["optimizer"],
         options=StateDictOptions(strict=True),
     )
     for group, now in zip(optimizer.param_groups, hyper, strict=True):
         group.update({key: value for key, value in now.items() if key != "params"})  # the configuration decides
     return state
+
+
+def random_states(device: torch.device) -> bytes:
+    """The states of this rank's random generators. Nothing that ships draws from them; a layer of one's own may."""
+    version, words, gauss = random.getstate()
+    numpy_state = np.random.get_state(legacy=False)
+    assert isinstance(numpy_state, dict)
+    inner = {"key": numpy_state["state"]["key"].tolist(), "pos": int(numpy_state["state"]["pos"])}
+    states = {
+        "torch": bytes(torch.get_rng_state().numpy()).hex(),
+        "cuda": bytes(torch.cuda.get_rng_state(device).numpy()).hex() if device.type == "cuda" else None,
+        "python": [version, list(words), gauss],
+        "numpy": numpy_state | {"state": inner},
+    }
+    return json.dumps(states).encode()
+
+
+def restore_random_states(folder: Path, state: TrainState, seed: int, ranks: Ranks) -> bool:
+    """Go on with the random numbers of a checkpoint, where it was saved by as many ranks; else begin new series.
+
+    Args:
+        folder: The checkpoint's.
+        state: Its state.
+        seed: The run's.
+        ranks: This process among the others.
+
+    Returns:
+        Whether the series go on.
+    """
+    file = folder / "random" / f"rank-{ranks.rank:05d}.json"
+    if state.saved_on.get("ranks") != str(ranks.world_size) or not file.exists():
+        seed_random(seed, state.step, ranks.rank)
+        return False
+    states = json.loads(file.read_bytes())
+    torch.set_rng_state(torch.tensor(list(bytes.fromhex(states["torch"])), dtype=torch.uint8))
+    if states["cuda"] is not None and ranks.device.type == "cuda":
+        torch.cuda.set_rng_state(torch.tensor(list(bytes.fromhex(states["cuda"])), dtype=torch.uint8), ranks.device)
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words), gauss))
+    numpy_state = states["numpy"]
+    numpy_state["state"]["key"] = np.array(numpy_state["state"]["key"], np.uint32)
+    np.random.set_state(numpy_state)
+    return True
+
+
+def seed_random(seed: int, step: int, rank: int) -> None:
+    """Begin a series of random numbers of its own for each rank."""
+    number = int.from_bytes(hashlib.sha256(f"random {seed} {step} {rank}".encode()).digest()[:4], "big")
+    torch.manual_seed(number)
+    random.seed(number)
+    np.random.seed(number)
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
@@ -187,7 +396,8 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     Raises:
         CheckpointError: If its contents do not fit the model.
     """
-    _read(folder, {"model": get_model_state_dict(model)}, "the weights of this model", alone=not dist.is_initialized())
+    weights = {"model": get_model_state_dict(model)}
+    _read(folder / "weights", weights, "the weights of this model", alone=not dist.is_initialized())
 
 
 def read_weight(folder: Path, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -208,7 +418,7 @@ def read_weight(folder: Path, name: str, shape: tuple[int, ...], dtype: torch.dt
         CheckpointError: If it is not there in this shape.
     """
     value = torch.empty(shape, dtype=dtype)
-    _read(folder, {"model": {name: value}}, "the weights of this model", alone=True)
+    _read(folder / "weights", {"model": {name: value}}, "the weights of this model", alone=True)
     return value
 
 

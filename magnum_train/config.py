@@ -12,6 +12,7 @@ import functools
 import hashlib
 import inspect
 import itertools
+import json
 import math
 import os
 import re
@@ -39,7 +40,7 @@ from data.loader import LOSS_NORMS
 from data.packing import PACKINGS
 from data.sources import SourceConfig
 from magnum_train.distributed import ElsewhereError, HostError, launch
-from magnum_train.errors import CheckpointError, ConfigError, UserError
+from magnum_train.errors import CheckpointError, ConfigError, LostRankError, UserError
 from model import TransformerConfig
 
 Schema = TypeVar("Schema")
@@ -67,7 +68,7 @@ class ModelConfig:
 
     weights: str | None = None
     """A folder in Hugging Face's layout, a hub name (owner/name or owner/name@revision), or a run (RUN, RUN@200,
-    RUN@best); null begins from random weights."""
+    RUN@NAME, RUN@best); null begins from random weights."""
     dim: int | None = None
     """Width of the residual stream."""
     n_layers: int | None = None
@@ -354,8 +355,8 @@ class CheckpointConfig:
     pin: dict[str, int] = field(default_factory=dict)
     """Steps after which a checkpoint is saved and kept under a name: +checkpoint.pin.NAME=STEP."""
     pinned_weights_only: bool = False
-    """Checkpoints that bear a name hold weights alone, in bfloat16: a sixth of the size, to chat with and to export, not
-    to go on from."""
+    """Checkpoints with a name hold weights alone, in bfloat16: a sixth of the size, to chat with and to export, not to
+    go on from."""
     keep_last: int | None = 3
     """Newest checkpoints that stay; null keeps all."""
     keep_every_steps: int | None = None
@@ -532,7 +533,7 @@ class ChatConfig:
     """Settings of `python -m magnum_train.chat`. Without a prompt of any kind it is a conversation at the terminal."""
 
     weights: str = MISSING
-    """A run (RUN, RUN@200, RUN@best), a folder in Hugging Face's layout, or a hub name."""
+    """A run (RUN, RUN@200, RUN@NAME, RUN@best), a folder in Hugging Face's layout, or a hub name."""
     prompt: str | None = None
     """One user message, literally: what stands behind the = needs no quotes but the shell's."""
     prompt_file: str | None = None
@@ -579,7 +580,7 @@ class ExportConfig:
     """Settings of `python -m magnum_train.export`."""
 
     weights: str = MISSING
-    """A run (RUN, RUN@200, RUN@best), a folder in Hugging Face's layout, or a hub name."""
+    """A run (RUN, RUN@200, RUN@NAME, RUN@best), a folder in Hugging Face's layout, or a hub name."""
     out: str = MISSING
     """The folder to write; must not exist."""
     dtype: str = "bfloat16"
@@ -884,7 +885,10 @@ def verb(run: Callable[[Schema], None], schema: type[Schema], config_name: str) 
     if {"-h", "--help"} & set(sys.argv[1:]):
         if launch().rank == 0:
             spec = run.__globals__["__spec__"]  # None where the file itself was started
-            print(help_text(spec.name if spec else f"magnum_train.{Path(sys.argv[0]).stem}", schema))
+            try:
+                print(help_text(spec.name if spec else f"magnum_train.{Path(sys.argv[0]).stem}", schema), flush=True)
+            except BrokenPipeError as error:  # `--help | head`
+                _end(error, schema)
         return
     register()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors to us instead of printing them its own way
@@ -908,20 +912,25 @@ def verb(run: Callable[[Schema], None], schema: type[Schema], config_name: str) 
         try:
             sys.argv[1:] = _overrides(sys.argv[1:])
             hydra.main(config_path=str(CONF), config_name=config_name, version_base="1.3")(job)()
-        except Exception as error:
+        except (Exception, KeyboardInterrupt) as error:
             _end(error, schema)
 
 
 def _end(error: BaseException, schema: type) -> None:
     """Say what went wrong, once, and leave with the status that fits."""
+    if isinstance(error, BrokenPipeError):  # nobody listens any more; the interpreter must not try again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
     if isinstance(error, KeyboardInterrupt):
         if launch().rank == 0:
-            goes_on = "; the same command goes on from the newest checkpoint" if schema is TrainConfig else ""
+            goes_on = "; the same command starts it again" if schema is TrainConfig else ""
             print(f"\ninterrupted{goes_on}", file=sys.stderr)
         raise SystemExit(130) from None
     known = _as_user_error(error, schema) if isinstance(error, Exception) else None
     if known is None:
         traceback.print_exception(error)
+        raise SystemExit(1) from None
+    if isinstance(known, LostRankError):  # said already, by one rank
         raise SystemExit(1) from None
     if not isinstance(known, ElsewhereError) and (launch().rank == 0 or isinstance(known, HostError)):
         print(f"error: {known}", file=sys.stderr, flush=True)
@@ -976,10 +985,21 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
 
 def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
     """Settings that differ and may not when a run is resumed: key to (recorded, asked)."""
-    a, b = flat(old), flat(new)
+    a, b = _lasting(old), _lasting(new)
+    return {key: (a.get(key), b.get(key)) for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)}
+
+
+def settings_digest(settings: TrainConfig) -> str:
+    """Tells runs apart whose settings differ where they may not when a run is resumed; sixteen hexadecimal digits.
+
+    Settings that stand at their default do not count, so that a new one does not make old checkpoints strange.
+    """
+    default = flat(TrainConfig())
+    said = {key: value for key, value in _lasting(settings).items() if key not in default or value != default[key]}
+    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _lasting(settings: TrainConfig) -> dict[str, Any]:
+    """Dotted key to value of the settings that may not change when a run is resumed."""
     free = [re.compile(re.escape(pattern).replace(r"\*", ".*") + "$") for pattern in RESUMABLE]
-    return {
-        key: (a.get(key), b.get(key))
-        for key in sorted(a.keys() | b.keys())
-        if a.get(key) != b.get(key) and not any(pattern.match(key) for pattern in free)
-    }
+    return {key: value for key, value in flat(settings).items() if not any(pattern.match(key) for pattern in free)}

@@ -3,26 +3,33 @@
 One plain process goes the same way as many: it makes a process group of one over a store in memory, so that the
 rest of the program has no second path. Two runs in one process (a sweep) share one rendezvous, since a second
 one on torchrun's port fails or hangs.
+
+Beside the group that trains there are two of gloo on the CPU: one on which ranks agree on flags, and one for the thread
+that saves, whose collectives must not mix with any other's. `watch.py` sees to it that none of them waits for ever.
 """
 
 import contextlib
 import functools
 import itertools
 import os
+import re
+import shlex
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Generic, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed import HashStore, PrefixStore, ProcessGroup, Store  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
 from data.errors import DataError
 from magnum_train.errors import ConfigError, UserError
+from magnum_train.watch import Watch
 
 Result = TypeVar("Result")
 
@@ -36,30 +43,130 @@ class Launch:
     local_rank: int
     local_world_size: int
     host: int
+    command: str
+    """The command line that was typed, quoted for a shell, as far as a worker can know it. Of torchrun's options it
+    knows the numbers of processes, hosts and restarts; "…" stands for where several hosts meet, and for srun's own."""
+    meet: str
+    """Where the ranks meet, as HOST:PORT; empty for one process."""
+    store_in_rank_0: bool
+    """Whether the ranks' store lives in rank 0's process, and not in torchrun's."""
+    in_slurm_step: bool
+    """Whether srun started it, without torchrun."""
 
 
 @functools.cache
 def launch() -> Launch:
-    """This process among its peers, from torchrun's environment."""
+    """This process among its peers."""
+    return _launch(os.environ, sys.orig_argv)
+
+
+def _launch(environment: Mapping[str, str], line: Sequence[str]) -> Launch:
+    """This process among its peers: by torchrun's variables; without them by those of a Slurm step of several tasks.
+
+    A Slurm shell (`salloc`, `sbatch`) and a step of one task are one plain process. Ranks of a step meet on the first
+    of its hosts, at port 15000 + (31 × job + step) mod 15000: below the ports that systems hand out, and another one
+    for each step of a job and for jobs that share a host. MASTER_ADDR and MASTER_PORT, where they are set, win.
+
+    Args:
+        environment: The process's.
+        line: Its whole command line, the interpreter and its options too.
+
+    Raises:
+        ConfigError: If a Slurm variable does not read as documented.
+    """
 
     def number(name: str, default: int) -> int:
-        return int(os.environ.get(name, default))
+        return int(environment.get(name, default))
 
+    typed = shlex.join(line)
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        world_size = number("WORLD_SIZE", 1)
+        return Launch(
+            rank=number("RANK", 0),
+            world_size=world_size,
+            local_rank=number("LOCAL_RANK", 0),
+            local_world_size=number("LOCAL_WORLD_SIZE", 1),
+            host=number("GROUP_RANK", 0),
+            command=_torchrun(environment, line) if "TORCHELASTIC_RUN_ID" in environment else typed,
+            meet=f"{environment.get('MASTER_ADDR')}:{environment.get('MASTER_PORT')}" if world_size > 1 else "",
+            store_in_rank_0=environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+            in_slurm_step=False,
+        )
+    step = environment.get("SLURM_STEP_ID", environment.get("SLURM_STEPID"))
+    if step is None or number("SLURM_STEP_NUM_TASKS", 1) == 1:
+        return Launch(0, 1, 0, 1, 0, typed, "", True, False)
+    rank, host = number("SLURM_PROCID", 0), number("SLURM_NODEID", 0)
+    port = 15_000 + (31 * number("SLURM_JOB_ID", 0) + int(step)) % 15_000
+    address = environment.get("MASTER_ADDR") or _first_host(environment.get("SLURM_STEP_NODELIST", ""))
     return Launch(
-        number("RANK", 0),
-        number("WORLD_SIZE", 1),
-        number("LOCAL_RANK", 0),
-        number("LOCAL_WORLD_SIZE", 1),
-        number("GROUP_RANK", 0),
+        rank=rank,
+        world_size=number("SLURM_STEP_NUM_TASKS", 1),
+        local_rank=number("SLURM_LOCALID", 0),
+        local_world_size=_tasks_per_host(environment.get("SLURM_STEP_TASKS_PER_NODE", ""))[host],
+        host=host,
+        command=f"srun … {typed}",
+        meet=f"{address}:{number('MASTER_PORT', port)}",
+        store_in_rank_0=True,
+        in_slurm_step=True,
     )
+
+
+def _torchrun(environment: Mapping[str, str], line: Sequence[str]) -> str:
+    """The torchrun line behind a worker's: `torchrun --nproc-per-node 8 -m magnum_train.train seed=2`."""
+    words = ["torchrun"]
+    hosts = int(environment.get("GROUP_WORLD_SIZE", 1))
+    if hosts > 1:
+        words += ["--nnodes", str(hosts)]
+    words += ["--nproc-per-node", environment.get("LOCAL_WORLD_SIZE", "1")]
+    restarts = environment.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    if restarts != "0":
+        words += ["--max-restarts", restarts]
+    if hosts > 1:
+        words.append("…")  # where they meet: each host has a line of its own
+    rest = list(line[1:])
+    while rest and rest[0].startswith("-") and rest[0] not in ("-m", "-c"):  # Python's own, as torchrun's -u
+        del rest[: 2 if rest[0] in ("-X", "-W") else 1]
+    return " ".join(word if word == "…" else shlex.quote(word) for word in words + rest)
+
+
+_HOST = r"[^,\[\]\s]*(?:\[\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*\][^,\[\]\s]*)*"
+
+
+def _first_host(hosts: str) -> str:
+    """The first of Slurm's host list: node01 of `node[01-04,07],gpu3`, r1n03 of `r[1-2]n[03,05]`.
+
+    Raises:
+        ConfigError: If it is no such list.
+    """
+    if not hosts or not re.fullmatch(f"{_HOST}(?:,{_HOST})*", hosts) or hosts.startswith(","):
+        raise ConfigError(
+            "SLURM_STEP_NODELIST", hosts or "nothing", "hosts, as node[01-04,07],gpu3", "Set MASTER_ADDR."
+        )
+    found = re.match(_HOST, hosts)
+    assert found is not None
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", found[0])
+
+
+def _tasks_per_host(counts: str) -> list[int]:
+    """Slurm's tasks of each host: 8, 8, 4 of `8(x2),4`.
+
+    Raises:
+        ConfigError: If it is no such list.
+    """
+    if not re.fullmatch(r"\d+(\(x\d+\))?(,\d+(\(x\d+\))?)*", counts):
+        raise ConfigError("SLURM_STEP_TASKS_PER_NODE", counts or "nothing", "tasks of each host, as 8(x2),4")
+    pairs = re.findall(r"(\d+)(?:\(x(\d+)\))?", counts)
+    return [int(tasks) for tasks, times in pairs for _ in range(int(times or 1))]
 
 
 @functools.cache
 def _rendezvous() -> tuple[Store, "itertools.count[int]"]:
     """The store that all ranks share for the life of the process, and a count of the runs made with it."""
-    if launch().world_size == 1:
+    me = launch()
+    if me.world_size == 1:
         return HashStore(), itertools.count()
-    store, _, _ = next(iter(rendezvous("env://")))
+    url = f"tcp://{me.meet}" if me.in_slurm_step else "env://"
+    store, _, _ = next(iter(rendezvous(url, me.rank, me.world_size)))
     return store, itertools.count()
 
 
@@ -90,6 +197,11 @@ class Ranks:
     device: torch.device
     mesh: DeviceMesh
     store: Store
+    watch: Watch
+    control: ProcessGroup
+    """Gloo, for what ranks agree on beside the training; its limit is `timeout_seconds`."""
+    saving: ProcessGroup
+    """Gloo, for the thread that writes checkpoints alone; its limit is `save_timeout_seconds`."""
 
     @property
     def rank(self) -> int:
@@ -109,7 +221,8 @@ class Ranks:
     def once(self, name: str, task: Callable[[], str], *, per_host: bool = False) -> str:
         """Run a task of any length on one process; the others wait for its result.
 
-        Waiting looks at the store now and then, so that no collective's time limit bounds the task.
+        Waiting looks at the store now and then, so that no collective's time limit bounds the task, nor the watch a
+        phase of it; a rank that is lost meanwhile ends the wait all the same.
 
         Args:
             name: Names the task; once in a run.
@@ -122,6 +235,10 @@ class Ranks:
         Raises:
             ElsewhereError: On the waiting ranks, where the task raised.
         """
+        with self.watch.unlimited(name):
+            return self._once(name, task, per_host=per_host)
+
+    def _once(self, name: str, task: Callable[[], str], *, per_host: bool) -> str:
         key = f"{name}/{self.launch.host if per_host else 0}"
         if (self.launch.local_rank if per_host else self.launch.rank) == 0:
             try:
@@ -155,7 +272,8 @@ class Ranks:
         Raises:
             ElsewhereError: On all ranks but the one that speaks, where the task raised anywhere.
         """
-        return self.settle(name, self.attempt(name, task, lambda _: ""))[0]
+        with self.watch.unlimited(name):
+            return self.settle(name, self.attempt(name, task, lambda _: ""))[0]
 
     def attempt(self, name: str, task: Callable[[], Result], mark: Callable[[Result], str]) -> Attempt[Result]:
         """The first half of `together`: run the task and tell the other ranks how it went, without waiting for them.
@@ -210,6 +328,16 @@ class Ranks:
         """Clear away what this rank told of a task, once all ranks have settled it."""
         self.store.delete_key(f"{name}/rank {self.rank}")
 
+    def agree(self, flags: Sequence[bool]) -> list[bool]:
+        """Which of some flags are set on any rank; the same answer on all.
+
+        Args:
+            flags: As many on every rank, meaning the same. On the CPU: a GPU at work is not waited for.
+        """
+        told = torch.tensor([*flags], dtype=torch.uint8)
+        dist.all_reduce(told, dist.ReduceOp.MAX, group=self.control)
+        return [flag == 1 for flag in told.tolist()]
+
     def barrier(self) -> None:
         """Wait until all ranks are here."""
         dist.barrier()
@@ -222,29 +350,35 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def start(*, timeout_seconds: int, replicate: int, threads: int | None, deterministic: bool) -> Iterator[Ranks]:
+def start(
+    *,
+    timeout_seconds: int,
+    replicate: int,
+    threads: int | None,
+    deterministic: bool,
+    save_timeout_seconds: int = 3600,
+) -> Iterator[Ranks]:
     """Bring up this run's process group and its (replicate, shard) mesh, and take them down at the end.
 
+    From here on a rank that is lost or hangs ends all of them (`watch.py`). An error that passes through is told to the
+    other ranks where it is this one's own, and replaced where it only reflects that another is gone.
+
     Args:
-        timeout_seconds: Longest wait of a collective.
+        timeout_seconds: Longest wait for another rank.
         replicate: Copies of the sharded model; divides the number of ranks.
         threads: CPU threads of this process; None shares the host's cores among its processes.
         deterministic: Whether kernels must give the same bits every time.
+        save_timeout_seconds: Longest wait of the thread that writes a checkpoint for another rank's.
 
     Raises:
         ConfigError: If `replicate` does not divide the ranks, or a host has fewer GPUs than processes.
+        LostRankError: If another rank was lost, hung or failed. The process must end then.
     """
     me = launch()
     if me.world_size % replicate:
         raise ConfigError("parallel.replicate", str(replicate), f"a divisor of the {me.world_size} ranks")
     cuda = torch.cuda.is_available()
-    if cuda and me.local_world_size > torch.cuda.device_count():
-        raise ConfigError(
-            "torchrun --nproc-per-node",
-            str(me.local_world_size),
-            f"at most the {torch.cuda.device_count()} GPUs here",
-        )
-    device = torch.device("cuda", me.local_rank) if cuda else torch.device("cpu")
+    device = _gpu(me) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -255,16 +389,58 @@ def start(*, timeout_seconds: int, replicate: int, threads: int | None, determin
 
     base, runs = _rendezvous()
     store = PrefixStore(f"run{next(runs)}", base)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if cuda else "gloo",
-        store=store,
-        rank=me.rank,
-        world_size=me.world_size,
-        timeout=timedelta(seconds=timeout_seconds),
+    watch = Watch(
+        PrefixStore("watch", store).clone(),  # type: ignore[attr-defined]
+        me.rank,
+        me.world_size,
+        timeout_seconds=timeout_seconds,
+        address=me.meet,
+        # Where the store is gone with rank 0, the next process of that host speaks for it.
+        speaks_for_host=me.local_rank == (1 if me.store_in_rank_0 and me.host == 0 else 0),
+        keeps_store=me.store_in_rank_0 and me.rank == 0,
     )
+    limit = timedelta(seconds=timeout_seconds)
     try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            store=store,
+            rank=me.rank,
+            world_size=me.world_size,
+            timeout=limit,
+        )
         shape = (replicate, me.world_size // replicate)
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
-        yield Ranks(me, device, mesh, PrefixStore("ours", store))
+        control = dist.new_group(backend="gloo", timeout=limit)
+        saving = dist.new_group(backend="gloo", timeout=timedelta(seconds=save_timeout_seconds))
+        watch.meet()
+        watch.phase("setting up", limited=False)
+        yield Ranks(me, device, mesh, PrefixStore("ours", store), watch, control, saving)
+        watch.phase("ending")
+    except ElsewhereError:
+        watch.phase("ending")
+        raise
+    except BaseException as error:
+        lost = watch.explain(error)
+        if lost is not None:
+            raise lost from error
+        watch.failed(error)
+        raise
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized() and not watch.lost:  # taking down a group waits for work that a lost rank never does
+            dist.destroy_process_group()
+        watch.close()
+
+
+def _gpu(me: Launch) -> torch.device:
+    """This process's GPU.
+
+    Raises:
+        ConfigError: If the host has fewer than processes.
+    """
+    there = torch.cuda.device_count()
+    if me.in_slurm_step and there == 1:  # Slurm binds each task to its own, which is then the only one it sees
+        return torch.device("cuda", 0)
+    if me.local_world_size > there:
+        option = "srun --ntasks-per-node" if me.in_slurm_step else "torchrun --nproc-per-node"
+        raise ConfigError(option, str(me.local_world_size), f"at most the {there} GPUs here")
+    return torch.device("cuda", me.local_rank)

@@ -37,3 +37,11 @@ class CheckpointError(UserError):
 
 class RunError(UserError):
     """A run that stops because its own rules say so, such as too many refused updates."""
+
+
+class LostRankError(UserError):
+    """Another rank is gone, hangs or failed, so this one cannot go on.
+
+    One process of the run has already said so on stderr (`watch.py`): it is not printed again. Exit status 1, at which
+    torchrun restarts.
+    """

@@ -5,6 +5,7 @@ files with the chat template. Tensors are read one at a time from wherever they 
 exported by one process that holds one shard. The folder gets its name when it is complete and has been opened again.
 """
 
+import os
 import shutil
 import signal
 import sys
@@ -13,12 +14,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports below take seconds; Ctrl-C in them is no error to trace
+
 import torch
 
 from data import Tokenizer
 from magnum_train import checkpoint
 from magnum_train.config import ExportConfig, TokenizerFileConfig, verb
 from magnum_train.errors import CheckpointError, ConfigError, UserError
+from magnum_train.run_folder import size_text
 from magnum_train.weights import Weights, find, open_tokenizer
 from model.flops import parameter_count
 from model.hf import MAX_SHARD_BYTES, HFFolder, config_to_hf, write_json, write_weights, written_aside
@@ -50,7 +55,7 @@ def export(found: Weights, tokenizer: Tokenizer, out: Path, dtype: torch.dtype, 
     try:
         with written_aside(out) as aside:
             if (free := shutil.disk_usage(aside).free) < need:
-                raise ConfigError("out", f"{free / 1e9:.1f} GB free for {out}", f"{need / 1e9:.1f} GB")
+                raise ConfigError("out", f"{size_text(free)} free for {out}", size_text(need))
             write_weights(aside, found.config, dtype, lambda name: found.read(name, dtype), max_shard_bytes)
             write_json(aside / "config.json", config_to_hf(found.config, dtype) | _config_fields(found, tokenizer))
             write_json(aside / "generation_config.json", generation_fields(tokenizer))
@@ -92,9 +97,9 @@ def export_newest(run_dir: Path, say: Callable[[str], None]) -> str:
     out = run_dir / "exports" / f"step-{step:08d}"
     if out.exists():
         return str(out)
-    found = find(f"{run_dir}@{step}", "run_dir")
     begin = time.perf_counter()
-    export(found, open_tokenizer(TokenizerFileConfig(), found.vocabulary), out, torch.bfloat16, MAX_SHARD_BYTES)
+    with find(f"{run_dir}@{step}", "run_dir") as found:
+        export(found, open_tokenizer(TokenizerFileConfig(), found.vocabulary), out, torch.bfloat16, MAX_SHARD_BYTES)
     say(f"exported {found.name} to {out} in {time.perf_counter() - begin:.1f} s")
     return str(out)
 
@@ -102,18 +107,36 @@ def export_newest(run_dir: Path, say: Callable[[str], None]) -> str:
 def main(settings: ExportConfig) -> None:
     """Export, and say what was written."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a half-written folder is removed then too
-    found = find(settings.weights, "weights")
-    tokenizer = open_tokenizer(settings.tokenizer, found.vocabulary)
     out, begin, dtype = Path(settings.out).expanduser(), time.perf_counter(), getattr(torch, settings.dtype)
-    if found.hf is not None and found.hf.dtype.itemsize >= dtype.itemsize and found.hf.dtype != dtype:
-        theirs = str(found.hf.dtype).removeprefix("torch.")
-        print(f"weights are rounded from {theirs} to {settings.dtype}; dtype={theirs} keeps them", file=sys.stderr)
-    export(found, tokenizer, out, dtype, int(settings.max_shard_gb * 1e9))
+    with find(settings.weights, "weights") as found:
+        tokenizer = open_tokenizer(settings.tokenizer, found.vocabulary)
+        if said := _rounding(found, dtype):
+            print(said, file=sys.stderr)
+        export(found, tokenizer, out, dtype, int(settings.max_shard_gb * 1e9))
     size = sum(file.stat().st_size for file in out.iterdir()) / 1e6
     seconds = time.perf_counter() - begin
     count = parameter_count(found.config)
-    print(f"{found.name}: {count:,} parameters in {settings.dtype}, {size:,.0f} MB, to {out} in {seconds:.1f} s")
+    said = f"{found.name}: {count:,} parameters in {settings.dtype}, {size:,.0f} MB, to {out} in {seconds:.1f} s"
+    try:
+        print(said, flush=True)
+    except BrokenPipeError:  # nobody listens any more; the folder is there all the same
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _rounding(found: Weights, dtype: torch.dtype) -> str:
+    """What a person may not expect of the values, that they lose digits here or have lost them before; else nothing."""
+    theirs, ours = (str(each).removeprefix("torch.") for each in (found.dtype, dtype))
+    if found.dtype.itemsize < dtype.itemsize:
+        return (
+            f"weights are {theirs} where they lie: {ours} holds the same values in more bytes, dtype={theirs} in fewer"
+        )
+    masters = found.hf is None and found.dtype == torch.float32  # of which everybody expects it
+    if found.dtype == dtype or masters:
+        return ""
+    return f"weights are rounded from {theirs} to {ours}; dtype={theirs} keeps them"
 
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     verb(main, ExportConfig, "export")

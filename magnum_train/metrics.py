@@ -5,15 +5,17 @@ is cut back to the checkpoint's step and the curves are written anew from it: ev
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -27,6 +29,9 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+from magnum_train.errors import RunError
+from model.hf import sync_to_disk
 
 PEAK_TFLOPS = {
     **{"H100 PCIe": 756.0, "H100 NVL": 835.0, "H200 NVL": 835.0},
@@ -75,11 +80,22 @@ def whole_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield line if line.endswith("\n") else line + "\n", row
 
 
-def cut_back(file: Path, step: int) -> None:
-    """Drop the rows after a step, and a last one that was cut short when the process died."""
+def cut_back(file: Path, step: int, owed: Collection[str] = ()) -> None:
+    """Drop the rows after a step, and a last one that was cut short when the process died.
+
+    Args:
+        file: A record with one object a line.
+        step: The last step whose rows stay.
+        owed: What is made up for at that very step, so that an earlier try's rows go too: validation, samples.
+    """
     if not file.exists():
         return
-    kept = [line for line, row in whole_rows(file) if row["step"] <= step]
+    made_anew = {"validation_loss" for what in owed if what == "validation"} | {"reply" for w in owed if w == "samples"}
+    kept = [
+        line
+        for line, row in whole_rows(file)
+        if row["step"] < step or (row["step"] == step and not made_anew & row.keys())
+    ]
     aside = file.with_suffix(".tmp")
     with aside.open("w") as out:
         out.write("".join(kept))
@@ -95,6 +111,52 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+class Lines:
+    """A file that takes lines whole or not at all. Those that a full disk does not take wait for the next one.
+
+    A save may fill a disk for a moment, and that is no reason to end a run.
+
+    Args:
+        file: Appended to.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._path, self._waiting = file, deque[bytes]()
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Append an object as JSON, if that can be done now.
+
+        Args:
+            row: What is not finite in it becomes null, as JSON asks.
+        """
+        self._waiting.append(json.dumps({k: _finite(v) for k, v in row.items()}, allow_nan=False).encode() + b"\n")
+        with contextlib.suppress(OSError):  # `sync` raises it, before anything relies on the lines
+            self._settle()
+
+    def sync(self) -> None:
+        """Have every line on disk.
+
+        Raises:
+            RunError: They cannot be written.
+        """
+        try:
+            self._settle()
+            if self._path.exists():
+                sync_to_disk(self._path)
+        except OSError as error:
+            found = error.strerror or str(error)
+            raise RunError(str(self._path), found, "a file that can be written", "Free some of the disk.") from error
+
+    def _settle(self) -> None:
+        while self._waiting:
+            with self._path.open("ab", buffering=0) as file:
+                start = file.tell()
+                if (done := file.write(self._waiting[0])) != len(self._waiting[0]):
+                    file.truncate(start)  # what follows a torn line could not be read
+                    raise OSError(errno.ENOSPC, f"only {done} of {len(self._waiting[0])} bytes written")
+            self._waiting.popleft()
+
+
 class Metrics:
     """The record of a run, written by rank 0 alone; on other ranks every method does nothing.
 
@@ -107,21 +169,26 @@ class Metrics:
     """
 
     def __init__(self, run_dir: Path, step: int, config_text: str, settings: dict[str, Any], *, is_main: bool) -> None:
-        self._file: TextIO | None = None
+        self._lines: Lines | None = None
+        self._path, self._tensorboard = run_dir / "metrics.jsonl", run_dir / "tensorboard"
+        self._text, self._settings, self._curves = config_text, settings, False
         if not is_main:
             return
+        cut_back(self._path, step)
+        self._lines = Lines(self._path)
+        self._begin_curves()
+
+    def _begin_curves(self) -> None:
+        """Draw all curves from the record."""
         from torch.utils.tensorboard import SummaryWriter  # 2.6 s; only rank 0 pays
 
-        path = run_dir / "metrics.jsonl"
-        cut_back(path, step)
-        shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
-        self._writer = SummaryWriter(run_dir / "tensorboard")
-        self._table(settings)
-        self._writer.add_text("config", f"```yaml\n{config_text}\n```")
-        if path.exists():
-            for row in rows(path):
-                self._draw(row)
-        self._file = path.open("a")
+        shutil.rmtree(self._tensorboard, ignore_errors=True)
+        self._writer = SummaryWriter(self._tensorboard)
+        self._curves = True
+        self._table(self._settings)
+        self._writer.add_text("config", f"```yaml\n{self._text}\n```")
+        for _, row in whole_rows(self._path):
+            self._draw(row)
 
     def _table(self, settings: dict[str, Any]) -> None:
         from torch.utils.tensorboard.summary import hparams
@@ -137,9 +204,9 @@ class Metrics:
             text = f"**{row['prompt']}**\n\n{row['reply']}"
             self._writer.add_text(f"samples/{row['sample']}", text, step, when)
             return
-        kind = "validation" if "validation_loss" in row else "train"
+        kind = "validation" if "validation_loss" in row else "checkpoint" if "save_seconds" in row else "train"
         for key, value in row.items():
-            name = key.removeprefix("validation_")
+            name = key.removeprefix("validation_").removeprefix("save_")
             parts = {f"{name}/{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
             for part, number in parts.items():
                 if part not in ("step", "time") and isinstance(number, (int, float)) and not isinstance(number, bool):
@@ -147,26 +214,42 @@ class Metrics:
 
     def write(self, row: dict[str, Any]) -> None:
         """Record one row with the time, in seconds since 1970; what is not finite becomes null, as JSON asks."""
-        if self._file is None:
+        if self._lines is None:
             return
-        row = {"time": time.time()} | row
-        row = {key: _finite(value) for key, value in row.items()}
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
-        self._draw(row)
+        row = {"time": time.time()} | {key: _finite(value) for key, value in row.items()}
+        self._lines.add(row)
+        if self._curves:
+            with self._curves_may_fail():
+                self._draw(row)
 
     def sync(self) -> None:
-        """Have every row on disk, before a checkpoint that follows them becomes visible."""
-        if self._file is not None:
-            os.fsync(self._file.fileno())
-            self._writer.flush()
+        """Have every row on disk, before a checkpoint that follows them becomes visible.
+
+        Raises:
+            RunError: They cannot be written.
+        """
+        if self._lines is not None:
+            self._lines.sync()
+            with self._curves_may_fail():
+                if not self._curves:
+                    self._begin_curves()
+                self._writer.flush()
+
+    @contextlib.contextmanager
+    def _curves_may_fail(self) -> Iterator[None]:
+        """Curves that cannot be written are drawn anew from the record when it is next forced to disk."""
+        try:
+            yield
+        except OSError:
+            self._curves = False
 
     def close(self) -> None:
         """End the record."""
-        if self._file is not None:
+        if self._lines is not None:
             self.sync()
-            self._file.close()
-            self._writer.close()
+            self._lines = None
+            with self._curves_may_fail():
+                self._writer.close()
 
 
 _PREPARING_SECONDS = 10

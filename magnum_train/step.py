@@ -9,25 +9,29 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from data import PackedBatch
 from magnum_train.distributed import all_reduce_sum
+from magnum_train.guard import NO_LIMITS, Limits
 from model import Loss
 
 
 class StepResult(NamedTuple):
-    """What a step gives; tensors on the device, equal on all ranks."""
+    """What a step gives; tensors on the device, equal on all ranks but for `row_losses`."""
 
     loss: Tensor
     """The step's loss, scalar float64."""
     grad_norm: Tensor
-    """Global L2 norm of the gradient before clipping, scalar."""
+    """Global L2 norm of the gradient before clipping, scalar float64; the largest where replicas differ."""
     applied: Tensor
-    """Whether the update was applied, scalar bool; false where loss or norm is not finite."""
+    """Whether the update was applied, scalar bool; false where it was refused."""
     source_losses: Tensor
     """Sum of weight times cross-entropy by source, [S] float64."""
+    row_losses: list[Tensor]
+    """For each of this rank's micro-batches the loss of each document slot, [N] float32; see `losses_by_row`."""
 
 
 def forward(model: nn.Module, batch: PackedBatch) -> Loss:
@@ -60,6 +64,30 @@ def losses_by_source(loss: Loss, batch: PackedBatch, n_sources: int) -> Tensor:
     return sums[1:]
 
 
+def losses_by_row(loss: Loss, batch: PackedBatch) -> Tensor:
+    """Split a pack's loss by its documents, to tell which rows a spike came from.
+
+    Added up document by document, not as differences of a running sum, in which one NaN would hide all documents
+    behind it. The host knows how many tokens there are, so the device is not asked.
+
+    Args:
+        loss: Of this pack.
+        batch: The pack.
+
+    Returns:
+        Σ weight × cross-entropy / Σ weight of each document slot, [N] float32, summed in float64; NaN for a slot
+        without weight.
+    """
+    device, slots = loss.tokens.device, len(batch.rows)
+    slot_of = torch.repeat_interleave(
+        torch.arange(slots, device=device), batch.cu_seqlens.diff(), output_size=len(batch.tokens)
+    )
+    weights = batch.weights.double()
+    sums = torch.zeros(2, slots, dtype=torch.float64, device=device)
+    sums.index_add_(1, slot_of, torch.stack([weights * loss.tokens.double(), weights]))
+    return (sums[0] / sums[1]).float()
+
+
 def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -69,11 +97,13 @@ def train_step(
     n_sources: int,
     lr: float,
     max_grad_norm: float | None,
+    limits: Limits = NO_LIMITS,
+    refuse: bool = False,
 ) -> StepResult:
-    """Apply one update from this rank's packs and those of all others.
+    """Apply one update from this rank's packs and those of all others, or refuse it on all ranks.
 
-    A refused update (loss or gradient norm not finite) touches neither weights nor moments nor Adam's count: the
-    fused optimizer reads `found_inf` on the device, and the host is not asked.
+    A refused update touches neither weights nor moments nor Adam's count: the fused optimizer reads `found_inf` on
+    the device, and the host is not asked.
 
     Args:
         model: Under FSDP, with gradients summed over ranks.
@@ -83,6 +113,8 @@ def train_step(
         n_sources: Number of data sources, for the loss by source.
         lr: Learning rate of this step.
         max_grad_norm: Largest global L2 norm; None leaves the gradient.
+        limits: The update is refused where loss or norm is above them, or not finite.
+        refuse: Refuse the update whatever the numbers: a step that is to be stepped over. The same on all ranks.
 
     Returns:
         Loss, norm and whether the update was applied.
@@ -90,11 +122,13 @@ def train_step(
     device = batches[0].tokens.device
     by_source = torch.zeros(n_sources, dtype=torch.float64, device=device)
     total = torch.zeros((), dtype=torch.float64, device=device)
+    row_losses = []
     for batch in batches:
         loss = forward(model, batch)
         (loss.total / weight_sum).backward()  # type: ignore[no-untyped-call]
         total += loss.total.detach()
         by_source += losses_by_source(loss, batch, n_sources)
+        row_losses.append(losses_by_row(loss, batch))
     sums = all_reduce_sum(torch.cat([total[None], by_source]))
     step_loss = sums[0] / weight_sum
 
@@ -102,12 +136,20 @@ def train_step(
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if max_grad_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
-    whole_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    applied = torch.isfinite(step_loss) & torch.isfinite(whole_norm)
+    own_norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).double()
+    refused = ~(torch.isfinite(step_loss) & torch.isfinite(own_norm)) | refuse
+    refused |= (step_loss > limits.loss) | (own_norm > limits.grad_norm)
+    # A norm is summed over the shards of one replica. Another replica has the same only as long as no machine is
+    # broken: with a NaN on one of them, or an ulp more at the very limit, it alone would refuse, and its weights would
+    # part from the others' for good. So what one refuses all refuse, and all report the same norm.
+    agreed = torch.stack([refused.double(), own_norm.isnan().double(), own_norm.nan_to_num(posinf=torch.inf)])
+    dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
+    applied = agreed[0] == 0
+    whole_norm = torch.where(agreed[1] > 0, torch.nan, agreed[2])
 
     optimizer.found_inf = (~applied).float()  # type: ignore[attr-defined]
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad()
-    return StepResult(step_loss, whole_norm, applied, sums[1:])
+    return StepResult(step_loss, whole_norm, applied, sums[1:], row_losses)

@@ -1,21 +1,24 @@
 """What `weights=` names, and how it is read: a run, a folder in Hugging Face's layout, or a hub name.
 
     RUN  RUN@200  RUN@best     a run's newest checkpoint, that of step 200, that of the lowest validation loss
+    RUN@NAME                   one that bears a name, such as epoch-1
     FOLDER                     with config.json and safetensors, exported or downloaded
     OWNER/NAME[@REVISION]      the same on the hub, where no folder here bears that name
 
-Training begins from them, chat and export read them; all three by this file. Knows files and one process, or a model
-that is already sharded; which process downloads is its caller's.
+Training begins from them, chat and export read them; all three by this file. A run's checkpoint is compared with its
+manifest before it is used, and is not pruned while it is. Knows files and one process, or a model that is already
+sharded; which process downloads is its caller's.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -38,7 +41,9 @@ _MODEL_FILES = ("config.json", "model.safetensors", "model-*.safetensors", "mode
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights that are here, checked as far as their headers go.
+    """Weights that are here: a run's checked byte for byte, others as far as their headers go.
+
+    A run's checkpoint is not pruned until they are closed, by `with`, or forgotten.
 
     Args:
         name: What they are, exactly: a run and its step, a folder, or a hub name and its commit.
@@ -47,7 +52,9 @@ class Weights:
         config: The network's shape.
         max_positions: Longest context that they are known for, in tokens.
         vocabulary: Folder of their tokenizer.
+        dtype: That they have where they lie.
         hf: The opened folder; None for a run's checkpoint.
+        lock: Keeps the checkpoint from being pruned.
     """
 
     name: str
@@ -56,7 +63,15 @@ class Weights:
     config: TransformerConfig
     max_positions: int
     vocabulary: Path
+    dtype: torch.dtype
     hf: HFFolder | None
+    lock: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.lock.close()
 
     def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """One parameter, whole, rounded to `dtype`, on the CPU; for one process alone.
@@ -109,15 +124,17 @@ class Weights:
         return named == (tokenizer.im_start_id, tokenizer.im_end_id)
 
 
-def find(weights: str, key: str) -> Weights:
+def find(weights: str, key: str, *, verify: bool = True) -> Weights:
     """Open what a setting names; downloads what is on the hub.
 
     Args:
         weights: As above.
         key: The setting, for messages.
+        verify: Whether to read a run's checkpoint through and compare it with its manifest; another process of the host
+            may have done so.
 
     Raises:
-        CheckpointError: There is no such thing, or it is incomplete.
+        CheckpointError: There is no such thing, or it is incomplete or damaged.
     """
     if not weights.strip():
         raise CheckpointError(key, "nothing", "a run, a folder or a hub name")
@@ -127,14 +144,7 @@ def find(weights: str, key: str) -> Weights:
     except OSError as error:
         raise CheckpointError(key, f"{weights[:80]}: {error.strerror}", "a run, a folder or a hub name") from error
     if run is not None:
-        run_dir, asked = run
-        step = _step(run_dir, asked, key)
-        settings = from_yaml(run_dir / "config.yaml")
-        folder = checkpoint.path_of(run_dir, step)
-        checkpoint.read_state(folder)  # refuses another version's format
-        positions = max(read_origin(run_dir).get("max_positions", 0), settings.data.pack_tokens)
-        name = f"{run_dir}@{step}"
-        return Weights(name, name, folder, settings.model.transformer(), positions, run_dir, None)
+        return _of_run(*run, key, verify)
     folder, name = fetch(weights, key)
     try:
         hf = HFFolder(folder)
@@ -145,7 +155,7 @@ def find(weights: str, key: str) -> Weights:
         raise CheckpointError(
             f"{folder / 'config.json'}: max_position_embeddings", repr(positions), "the longest context, in tokens"
         )
-    return Weights(name, str(folder), folder, hf.config, positions, folder, hf)
+    return Weights(name, str(folder), folder, hf.config, positions, folder, hf.dtype, hf)
 
 
 def _as_run(weights: str) -> tuple[Path, str | None] | None:
@@ -157,21 +167,94 @@ def _as_run(weights: str) -> tuple[Path, str | None] | None:
     return None
 
 
-def _step(run_dir: Path, asked: str | None, key: str) -> int:
-    """The step of the checkpoint that is asked for: the newest, a number, or `best`."""
-    there = checkpoint.steps(run_dir)
-    listed = f"one of the run's steps: {', '.join(map(str, there))}" if there else "one; the run has none yet"
+def _of_run(run_dir: Path, asked: str | None, key: str, verify: bool) -> Weights:
+    """The weights of a run's checkpoint, which is not pruned from here on."""
+    settings = from_yaml(run_dir / "config.yaml")
+    positions = max(read_origin(run_dir).get("max_positions", 0), settings.data.pack_tokens)
+    with contextlib.ExitStack() as held:  # closes the lock where what follows fails
+        found, place = _locked(run_dir, asked, key, held)
+        if verify and (wrong := checkpoint.check(found.folder, _PARTS)):
+            others = [other for other in reversed(_saved(run_dir)) if other.step != found.step]
+            good = next((other for other in others if checkpoint.check(other.folder, _PARTS) is None), None)
+            raise CheckpointError(
+                str(found.folder), f"a damaged checkpoint ({wrong})", "what its manifest says",
+                f"{run_dir}@{good.step} is whole." if good else "The run has no other that is whole.",
+            )  # fmt: skip
+        checkpoint.read_state(found.folder)  # refuses another version's format
+        return Weights(
+            name=place if place.endswith(f"@{found.step}") else f"{place} (step {found.step})",
+            place=place,
+            folder=found.folder,
+            config=settings.model.transformer(),
+            max_positions=positions,
+            vocabulary=run_dir,
+            dtype=torch.float32 if found.complete else torch.bfloat16,
+            hf=None,
+            lock=held.pop_all(),
+        )
+
+
+_PARTS = ("weights/", "state.json")
+"""Of a checkpoint, what is read here."""
+
+
+@dataclass(frozen=True, order=True)
+class _Saved:
+    """A checkpoint of a run; of one step, the complete one comes after that of weights alone."""
+
+    step: int
+    complete: bool
+    folder: Path
+
+
+def _saved(run_dir: Path) -> list[_Saved]:
+    """A run's checkpoints of both kinds, ascending."""
+    whole = [_Saved(step, True, checkpoint.path_of(run_dir, step)) for step in checkpoint.steps(run_dir)]
+    alone = [
+        _Saved(step, False, checkpoint.path_of(run_dir, step, alone=True)) for step in checkpoint.weights_only(run_dir)
+    ]
+    return sorted(whole + alone)
+
+
+def _locked(run_dir: Path, asked: str | None, key: str, held: contextlib.ExitStack) -> tuple[_Saved, str]:
+    """The checkpoint that is asked for, kept from being pruned until `held` is closed; and what always names it.
+
+    One that is pruned while it is being looked for is looked for again, since then the newest is another.
+    """
+    gone: _Saved | None = None
+    while True:
+        found, place = _choose(run_dir, asked, key)
+        try:
+            held.enter_context(checkpoint.reading(found.folder))
+            return found, place
+        except CheckpointError:
+            if found == gone:
+                checkpoint.read_state(found.folder)  # one of an older format has no manifest to lock, and says so here
+                raise
+            gone = found
+
+
+def _choose(run_dir: Path, asked: str | None, key: str) -> tuple[_Saved, str]:
+    """The checkpoint that is asked for: the newest, or by its step, its name, or `best`; and what always names it."""
+    there = _saved(run_dir)
+    fitting, found = there, f"no checkpoint {run_dir}{'' if asked is None else '@' + asked}"
+    by_name = asked is not None and asked != "best" and not asked.isdecimal()
     if asked == "best":
         rows = [row for _, row in whole_rows(run_dir / "metrics.jsonl")]
         losses = {row["step"]: row["validation_loss"] for row in rows if row.get("validation_loss") is not None}
-        measured = [step for step in there if step in losses]
-        if not measured:
-            raise CheckpointError(key, f"no validation loss for a checkpoint of {run_dir}", listed)
-        return min(measured, key=lambda step: losses[step])
-    step = int(asked) if asked and asked.isdecimal() else there[-1] if asked is None and there else None
-    if step is None or step not in there:
-        raise CheckpointError(key, f"no checkpoint {run_dir}{'' if asked is None else '@' + asked}", listed)
-    return step
+        measured = [one for one in there if one.step in losses]
+        fitting = sorted(measured, key=lambda one: (-losses[one.step], -one.step, one.complete))
+        found = f"no validation loss for a checkpoint of {run_dir}"
+    elif by_name:
+        folder = checkpoint.named(run_dir).get(str(asked))
+        fitting = [one for one in there if one.folder == folder]
+    elif asked is not None:
+        fitting = [one for one in there if one.step == int(asked)]
+    if not fitting:
+        steps, names = dict.fromkeys(one.step for one in there), checkpoint.named(run_dir)
+        listed = f"one of the run's steps: {', '.join(map(str, steps))}" if there else "one; the run has none yet"
+        raise CheckpointError(key, found, listed + (f"; or a name: {', '.join(names)}" if names else ""))
+    return fitting[-1], f"{run_dir}@{asked if by_name else fitting[-1].step}"
 
 
 def fetch(weights: str, key: str, *, tokenizer_alone: bool = False) -> tuple[Path, str]:

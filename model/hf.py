@@ -6,6 +6,8 @@ nothing more. The rotary convention is the same on both sides, so no weight is p
 """
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -57,6 +59,10 @@ _FIELDS = {
 
 INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9  # as published: five files for the 12B in bfloat16
+# In a folder that is being written.
+_LOCK = ".lock"
+NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL})
+"""What a file system answers that has no locks."""
 # The most bytes of a file that are in memory at once while a parameter is filled.
 PIECE_BYTES = 2**28
 # Safetensors' names for the dtypes that weights come in.
@@ -375,32 +381,142 @@ def save_hf(
 def written_aside(folder: str | Path) -> Iterator[Path]:
     """A folder to fill, which gets its name when it is complete, and is gone if that fails.
 
+    While it is filled it is locked, so that what a killed process has left is told from what a living one writes.
+
     Args:
         folder: The name; must not exist.
 
     Yields:
-        An empty folder beside it. Its files are forced to disk before the one rename that makes them visible.
+        A folder beside it with nothing in it but a hidden lock. Its files are forced to disk before the one rename that
+        makes them visible.
 
     Raises:
-        ValueError: The folder exists, or the disk is full or refuses; names the place.
+        ValueError: The folder exists, another process is writing it, or the disk is full or refuses; names the place.
     """
     folder = Path(folder)
     if folder.exists() or folder.is_symlink():
         raise ValueError(f"{folder}: found it there already, expected none; name another, or move it away")
     aside = folder.with_name(f".{folder.name}.partial")
     try:
-        shutil.rmtree(aside, ignore_errors=True)  # what a killed process has left
-        aside.mkdir(parents=True)
-        yield aside
-        for path in (*aside.iterdir(), aside):
-            sync_to_disk(path)
-        os.replace(aside, folder)  # noqa: PTH105  # a rename that a reader sees as one step
+        lock = _open_aside(aside)
+        try:
+            yield aside
+            for path in (*aside.iterdir(), aside):
+                sync_to_disk(path)
+            os.replace(aside, folder)  # noqa: PTH105  # a rename that a reader sees as one step
+        except BaseException:
+            with contextlib.suppress(OSError):  # the failure itself is what its caller has to hear of
+                _remove(aside, lock)
+            raise
+        _unlock(folder, lock)  # not before: a second process would take the folder for its own
+        sync_to_disk(folder)
         sync_to_disk(folder.parent)
     except OSError as error:
         place = error.filename or folder
         raise ValueError(f"{place}: found {error.strerror or error}, expected to write {folder} there") from error
+
+
+def _open_aside(aside: Path) -> int | None:
+    """Make an empty folder and lock it; the lock's descriptor, or None where the file system has no locks.
+
+    Raises:
+        ValueError: Another process has it.
+    """
+    while True:
+        aside.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = try_lock(aside / _LOCK)
+        except FileNotFoundError:
+            continue  # whoever had it is done, between the two lines
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            _clear(aside)
+            _unlock(aside, None)
+            return None
+        if lock is None:
+            raise ValueError(f"{aside}: found another process that writes there, expected one at a time; wait for it")
+        _clear(aside)
+        return lock
+
+
+def _clear(aside: Path) -> None:
+    """Remove what a process has left in a folder that it was writing; the lock stays."""
+    for left in aside.iterdir():
+        if left.name != _LOCK:
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def _remove(aside: Path, lock: int | None) -> None:
+    """Remove a folder that is locked here. Who locks it anew the moment the lock is gone keeps it."""
+    try:
+        _clear(aside)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        _unlock(aside, lock)
+    with contextlib.suppress(OSError):
+        aside.rmdir()
+
+
+def _unlock(folder: Path, lock: int | None) -> None:
+    """Remove a folder's lock, while it is held, and let go of it."""
+    try:
+        (folder / _LOCK).unlink(missing_ok=True)
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def remove_abandoned(folder: Path) -> list[Path]:
+    """Remove what killed processes have left of folders that were being written in `folder`.
+
+    What a living process writes, on any host that sees the same locks, stays; so does whatever cannot be told.
+
+    Args:
+        folder: Where `written_aside` was to give a name.
+
+    Returns:
+        What was removed.
+    """
+    removed = []
+    for aside in sorted(folder.glob(".*.partial")):
+        try:
+            lock = try_lock(aside / _LOCK)
+        except OSError:  # no locks here, somebody else's, or gone just now
+            continue
+        if lock is None:
+            continue
+        _remove(aside, lock)
+        removed.append(aside)
+    return removed
+
+
+def try_lock(path: Path) -> int | None:
+    """Make a file and lock it. The lock lasts until the descriptor is closed or the process ends, however it ends.
+
+    Args:
+        path: Nothing in it is read or changed.
+
+    Returns:
+        Its descriptor, which no program that is started inherits; None where another process holds the lock.
+
+    Raises:
+        OSError: It cannot be opened for writing, without which NFS locks nothing. With an `errno` in `NO_LOCKS` the
+            file system has no locks at all.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ESTALE):
+                os.close(descriptor)
+                raise
+        os.close(descriptor)  # removed by its last holder since it was opened: another one counts now
 
 
 def write_weights(

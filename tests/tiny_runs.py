@@ -1,11 +1,12 @@
 """Small runs for tests: a few conversations, a model of some ten thousand parameters, and the overrides for both."""
 
 import contextlib
+import io
 import json
 from pathlib import Path
 from typing import Any
 
-from magnum_train import train
+from magnum_train import loop, train
 from magnum_train.config import compose
 
 TINY_MODEL = [
@@ -88,18 +89,25 @@ class Killed(BaseException):
     """An end that nothing in the program handles."""
 
 
-def run_until(line: list[str], last: int | None) -> None:
-    """Train; die without a word before step `last` + 1 begins."""
-    real = train.one_step
+def run_until(line: list[str], last: int | None) -> str:
+    """Train; die without a word before step `last` + 1 begins, when what was to be saved before is saved.
+
+    Returns:
+        What was said to a person.
+    """
+    real = loop.one_step
 
     def dying(run: Any, step: int, peak: Any) -> Any:
         if last is not None and step > last:
+            run.saver.wait()
             raise Killed
         return real(run, step, peak)
 
-    train.one_step = dying
-    with contextlib.suppress(Killed):
+    loop.one_step = dying
+    said = io.StringIO()
+    with contextlib.suppress(Killed), contextlib.redirect_stderr(said):
         train.train(compose(line))
+    return said.getvalue()
 
 
 def series(run_dir: Path) -> list[tuple[int, float, float]]:

@@ -18,12 +18,22 @@ from torch import Tensor
 
 from base_models import BASE, CHATML_IDS, LARGE, SLOTS, base_model, write_base
 from data import Tokenizer
-from magnum_train import checkpoint, distributed, embeddings, export, train
-from magnum_train.config import ExportConfig, TokenizerConfig, compose
+from data.tokenizer import train_tokenizer
+from magnum_train import checkpoint, distributed, embeddings, export, saver, train
+from magnum_train.checkpoint import TrainState
+from magnum_train.config import (
+    CheckpointConfig,
+    ExportConfig,
+    TokenizerConfig,
+    TokenizerFileConfig,
+    compose,
+    to_yaml,
+)
 from magnum_train.errors import CheckpointError
 from magnum_train.optim import build_optimizer
 from magnum_train.parallelize import build
-from magnum_train.weights import find, open_tokenizer, read_origin
+from magnum_train.saver import Saver
+from magnum_train.weights import find, load_model, open_tokenizer, read_origin
 from model import Transformer, TransformerConfig
 from model.config import parameter_shapes
 from model.hf import HFFolder, load_hf, local_region, save_hf
@@ -53,10 +63,8 @@ def in_and_out(base: str, out: str, replicate: int) -> None:
         load_hf(model, base)
         save_hf(model, out, dtype=torch.bfloat16, max_shard_bytes=30_000, write=ranks.is_main)
         ranks.barrier()
-        checkpoint.save(
-            Path(f"{out}-run"), model, build_optimizer(model, compose([]).optim),
-            checkpoint.TrainState(step=1, refused=[], data_key=""), keep_last=None, ranks=ranks,
-        )  # fmt: skip
+        save = Saver(Path(f"{out}-run"), CheckpointConfig(asynchronous=False), ranks)
+        save.begin(model, build_optimizer(model, compose([]).optim), TrainState(step=1, refused=[], data_key=""))
 
 
 @pytest.mark.parametrize(("world", "replicate"), [(1, 1), (2, 1), (4, 1), (4, 2)])
@@ -488,33 +496,50 @@ def test_trained_chatml_rows_are_known_by_the_vocabulary_wherever_it_lies(place:
 
 def damaged(folder: Path, kind: str) -> None:
     """Harm a run's checkpoint in one of the ways in which disks, people and strangers do."""
-    shard = folder / "__0_0.distcp"
+    weights, state = folder / "weights", folder / "state.json"
+    shard = weights / "__0_0.distcp"
     content = shard.read_bytes()
     if kind == "cut short":
         shard.write_bytes(content[: len(content) // 20])
-    elif kind == "overwritten":
-        shard.write_bytes(bytes(len(content)))
+    elif kind == "a flipped bit":
+        shard.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
     elif kind == "absent":
         shard.unlink()
     elif kind == "no metadata":
-        (folder / ".metadata").unlink()
+        (weights / ".metadata").unlink()
+    elif kind == "no manifest":
+        (folder / "manifest.json").unlink()
+    elif kind == "torn manifest":
+        (folder / "manifest.json").write_text('{"files": {"a')
     elif kind == "another version":
-        (folder / "state.json").write_text((folder / "state.json").read_text().replace('"format": 1', '"format": 9'))
+        state.write_text(state.read_text().replace('"format": 2', '"format": 9'))
+        sealed(folder)
+    elif kind == "an older version":  # which had no manifest
+        state.write_text(state.read_text().replace('"format": 2', '"format": 1'))
+        (folder / "manifest.json").unlink()
     elif kind == "torn settings":
         (folder.parents[1] / "config.yaml").write_text("foo: [1")
     elif kind == "torn origin":
         (folder.parents[1] / "weights.json").write_text("{")
     elif kind == "evil metadata":
-        (folder / ".metadata").write_bytes(pickle.dumps(Evil()))
+        (weights / ".metadata").write_bytes(pickle.dumps(Evil()))
+        sealed(folder)
     else:  # an object where a tensor should be
         found = checkpoint.read_weight(folder, "output.weight", (320, 40), torch.float32)
-        state, parts = (folder / "state.json").read_text(), parameter_shapes(BASE)
-        weights = {name: torch.zeros(shape) for name, shape in parts.items()} | {"output.weight": found}
-        shutil.rmtree(folder)
+        parts = {name: torch.zeros(shape) for name, shape in parameter_shapes(BASE).items()}
+        parts |= {"output.weight": found, "norm.weight": Evil()}
+        shutil.rmtree(weights)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            dcp.save({"model": weights | {"norm.weight": Evil()}}, checkpoint_id=str(folder), no_dist=True)
-        (folder / "state.json").write_text(state)
+            dcp.save({"model": parts}, checkpoint_id=str(weights), no_dist=True)
+        sealed(folder)
+
+
+def sealed(folder: Path) -> None:
+    """Write a manifest that fits what is there."""
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    entries = {name: checkpoint.digest(path) for name, path in files.items() if name != "manifest.json"}
+    (folder / "manifest.json").write_text(json.dumps({"format": 2, "files": entries}))
 
 
 class Evil:
@@ -527,10 +552,13 @@ class Evil:
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("cut short", ""),
-        ("overwritten", ""),
-        ("absent", "No such file"),
-        ("no metadata", ".metadata"),
+        ("cut short", " bytes, not "),
+        ("a flipped bit", "weights/__0_0.distcp has another content"),
+        ("absent", "weights/__0_0.distcp: No such file"),
+        ("no metadata", "weights/.metadata: No such file"),
+        ("no manifest", "No such file"),
+        ("torn manifest", "manifest.json cannot be read"),
+        ("an older version", "format 1; expected format 2"),
         ("another version", "format 9"),
         ("evil metadata", "posix.system, which is no part of a checkpoint"),
         ("torn settings", "config.yaml"),
@@ -555,6 +583,153 @@ def test_a_damaged_or_hostile_run_is_refused_and_runs_nothing(
         for message in run_ranks(refused, 2, [*line, "train.max_steps=2"]):
             assert message
     assert "executed" not in capfd.readouterr().out
+
+
+def save_several(line: list[str], saves: list[tuple[int, dict[str, Any]]]) -> None:
+    """Save checkpoints of a run of random weights, each of its own, as training would."""
+    settings = compose(line)
+    with distributed.start(timeout_seconds=60, replicate=1, threads=1, deterministic=False) as ranks:
+        for step, how in saves:
+            model = build(
+                settings.model.transformer(), attention_backend="sdpa", mesh=ranks.mesh, device=ranks.device,
+                compute_dtype=torch.float32, activation_checkpointing="none", reshard_after_forward=True, seed=step,
+            )  # fmt: skip
+            save = Saver(Path(str(settings.run_dir)), settings.checkpoint, ranks)
+            state = TrainState(step=step, refused=[], data_key="")
+            save.begin(model, build_optimizer(model, settings.optim), state, **how)
+            save.wait()
+
+
+EPOCH = {"names": ("epoch-1",), "alone": True}
+
+
+def run_with(tmp_path: Path, saves: list[tuple[int, dict[str, Any]]]) -> Path:
+    """A run's folder with checkpoints in it, and its tokenizer."""
+    line = overrides(tmp_path, "checkpoint.keep_last=null", "checkpoint.asynchronous=false")
+    run_ranks(save_several, 2, line, saves)
+    (tmp_path / "run" / "config.yaml").write_text(to_yaml(compose(line)))
+    train_tokenizer(["a"], 261).save(tmp_path / "run" / "tokenizer.json")
+    return tmp_path / "run"
+
+
+def test_a_checkpoint_is_named_by_step_name_or_loss_and_both_kinds_are_found(tmp_path: Path) -> None:
+    """Of step 4 there are a complete one and weights alone; step 6 has weights alone."""
+    run = run_with(tmp_path, [(2, {}), (4, EPOCH), (4, {}), (6, {"names": ("late",), "alone": True})])
+    losses = {2: 3.0, 4: 2.0, 6: 1.0}
+    (run / "metrics.jsonl").write_text(
+        "".join(json.dumps({"step": step, "validation_loss": loss}) + "\n" for step, loss in losses.items())
+    )
+    expected = {
+        "": ("weights-00000006", "@6"), "@6": ("weights-00000006", "@6"),
+        "@late": ("weights-00000006", "@late (step 6)"),
+        "@best": ("weights-00000006", "@6"), "@4": ("step-00000004", "@4"),
+        "@epoch-1": ("weights-00000004", "@epoch-1 (step 4)"), "@00000002": ("step-00000002", "@2"),
+    }  # fmt: skip
+    for asked, (folder, name) in expected.items():
+        found = find(f"{run}{asked}", "weights")
+        assert (found.folder.name, found.name) == (folder, f"{run}{name}")
+        assert find(found.place, "weights", verify=False).folder == found.folder
+    with find(f"{run}@epoch-1", "weights") as rounded, find(f"{run}@4", "weights") as masters:
+        assert (rounded.dtype, masters.dtype) == (torch.bfloat16, torch.float32)
+        models = [load_model(found, TokenizerFileConfig(), dtype="float32")[0] for found in (rounded, masters)]
+        for parameter in parameter_shapes(masters.config):
+            value = masters.read(parameter, torch.float32)
+            assert torch.equal(rounded.read(parameter, torch.float32), value.bfloat16().float())
+            assert torch.equal(models[0].get_parameter(parameter), value.bfloat16().float())
+            assert torch.equal(models[1].get_parameter(parameter), value)
+    with pytest.raises(CheckpointError) as caught:
+        find(f"{run}@early", "weights")
+    assert "one of the run's steps: 2, 4, 6; or a name: epoch-1, late" in str(caught.value)
+
+
+def test_an_export_of_rounded_weights_into_a_wider_dtype_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_with(tmp_path, [(4, EPOCH)])
+    said = {}
+    for dtype in ("float32", "bfloat16", "float16"):
+        export.main(ExportConfig(weights=str(run), out=str(tmp_path / dtype), dtype=dtype))
+        said[dtype] = capsys.readouterr().err
+    assert "weights are bfloat16 where they lie: float32 holds the same values in more bytes" in said["float32"]
+    assert said["bfloat16"] == ""
+    assert said["float16"] == "weights are rounded from bfloat16 to float16; dtype=bfloat16 keeps them\n"
+    found = find(str(run), "weights")
+    assert torch.equal(HFFolder(tmp_path / "float32").read("output.weight"), found.read("output.weight", torch.float32))
+
+
+def test_what_is_in_use_is_not_pruned_and_is_when_it_is_closed_or_forgotten(tmp_path: Path) -> None:
+    run = run_with(tmp_path, [(1, {}), (2, {}), (3, {})])
+    config = CheckpointConfig(keep_last=1, keep_best=0)
+    forgotten = find(f"{run}@2", "weights")
+    with find(f"{run}@1", "weights"):
+        assert saver.prune(run, config) == []
+        assert checkpoint.steps(run) == [1, 2, 3]
+    assert forgotten.folder.exists()
+    del forgotten
+    assert saver.prune(run, config) == []
+    assert checkpoint.steps(run) == [3]
+
+
+def test_a_checkpoint_that_is_pruned_while_it_is_looked_for_is_looked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it happens to who asks for the newest: by the time that it is locked it is an old one, and gone."""
+    run = run_with(tmp_path, [(1, {}), (2, {}), (3, {})])
+    real = checkpoint.reading
+
+    def too_late(folder: Path) -> Any:
+        if folder.name != "step-00000001":
+            shutil.rmtree(folder)
+        return real(folder)
+
+    monkeypatch.setattr(checkpoint, "reading", too_late)
+    assert find(str(run), "weights").name == f"{run}@1"
+    with pytest.raises(CheckpointError, match=r"found no checkpoint .*@3; expected one of the run's steps: 1"):
+        find(f"{run}@3", "weights")
+
+
+def test_a_damaged_checkpoint_is_named_with_its_file_and_another_one_that_is_whole(tmp_path: Path) -> None:
+    run = run_with(tmp_path, [(1, {}), (2, {}), (3, {}), (3, EPOCH)])
+    file = checkpoint.path_of(run, 3) / "weights" / "__1_0.distcp"
+    content = file.read_bytes()
+    file.write_bytes(content[:-7])
+    damaged(checkpoint.path_of(run, 2), "a flipped bit")
+    (checkpoint.path_of(run, 1) / "optimizer" / "__0_0.distcp").write_bytes(b"")  # nobody reads that here
+    expected = (
+        f"{file.parents[1]}: found a damaged checkpoint (weights/__1_0.distcp has {len(content) - 7:,} bytes, not "
+        f"{len(content):,}); expected what its manifest says.\n  {run}@1 is whole."
+    )
+    for weights in (str(run), f"{run}@3"):
+        with pytest.raises(CheckpointError) as caught:
+            find(weights, "weights")
+        assert str(caught.value) == expected
+    assert find(f"{run}@epoch-1", "weights").dtype == torch.bfloat16
+    assert find(f"{run}@3", "weights", verify=False).place == f"{run}@3"
+    damaged(checkpoint.path_of(run, 1), "absent")
+    with pytest.raises(CheckpointError, match="The run has no other that is whole"):
+        find(str(run), "weights")
+
+
+def test_a_run_on_a_disk_that_cannot_be_written_is_read(tmp_path: Path) -> None:
+    """In a mount of its own, which ends with the process; the lock needs no more than a file that can be opened."""
+    run = run_with(tmp_path, [(1, {})])
+    code = (
+        "import errno, pathlib, sys, torch; from magnum_train.weights import find\n"
+        "try: pathlib.Path(sys.argv[1], 'x').touch(); raise SystemExit('it can be written')\n"
+        "except OSError as error: assert error.errno == errno.EROFS\n"
+        "with find(sys.argv[1], 'weights') as found: print(found.read('norm.weight', torch.float32).sum().item())"
+    )
+    mounted = 'mount --bind "$1" "$1" && mount -o remount,ro,bind "$1" && exec "$2" -c "$3" "$1"'
+    try:
+        done = subprocess.run(
+            ["unshare", "--mount", "sh", "-c", mounted, "sh", str(run), sys.executable, code], cwd=HOME,
+            capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+    except FileNotFoundError:
+        pytest.skip("no unshare here to mount with")
+    if "mount" in done.stderr or "unshare" in done.stderr:
+        pytest.skip(f"mounting is not allowed here: {done.stderr.strip()}")
+    assert (done.returncode, done.stdout) == (0, "40.0\n"), done.stderr
 
 
 def test_the_best_checkpoint_is_that_of_the_lowest_validation_loss(tmp_path: Path) -> None:
@@ -608,9 +783,9 @@ def save_large(run_dir: str) -> None:
         model = empty(ranks.mesh, config=LARGE)
         for parameter in model.parameters():
             torch.nn.init.ones_(parameter)
-        state = checkpoint.TrainState(step=1, refused=[], data_key="")
+        save = Saver(Path(run_dir), CheckpointConfig(asynchronous=False), ranks)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        checkpoint.save(Path(run_dir), model, optimizer, state, keep_last=None, ranks=ranks)
+        save.begin(model, optimizer, TrainState(step=1, refused=[], data_key=""))
 
 
 MEASURE = """
@@ -622,7 +797,7 @@ from magnum_train.export import export
 from magnum_train.weights import Weights
 from base_models import LARGE
 tokenizer = Tokenizer.from_file(sys.argv[2] + "/tokenizer.json", im_start_slot=3, im_end_slot=4)
-found = Weights("a run", "", Path(sys.argv[1]), LARGE, 4096, Path(sys.argv[2]), None)
+found = Weights("a run", "", Path(sys.argv[1]), LARGE, 4096, Path(sys.argv[2]), torch.float32, None)
 found.read("norm.weight", torch.bfloat16)  # the library's own start
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 export(found, tokenizer, Path(sys.argv[3]), torch.bfloat16, 10 * 10**6)

@@ -1,11 +1,13 @@
 """Chat as a person and as a script start it, on random weights: a terminal, its keys, pipes, any text on the line."""
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import termios
@@ -18,6 +20,8 @@ import torch
 
 from data.conversation import parse
 from data.tokenizer import train_tokenizer
+from magnum_train import chat
+from magnum_train.config import ChatConfig
 from model import Transformer, TransformerConfig
 from model.hf import save_hf
 from model.transformer import init_weights
@@ -129,6 +133,38 @@ def script(folder: Path, *words: str | bytes, stdin: bytes = b"") -> subprocess.
         [*CHAT, "max_new_tokens=5", *words], cwd=folder, env=environment(), input=stdin, capture_output=True,
         timeout=60, check=False,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", ["chat", "export"])
+def test_ctrl_c_while_the_program_is_being_loaded_ends_it_without_a_traceback(verb: str, tmp_path: Path) -> None:
+    """A torch that takes a minute to import stands in for the one that takes seconds."""
+    (tmp_path / "torch.py").write_text("import time\nprint('loading', flush=True)\ntime.sleep(60)\n")
+    paths = os.pathsep.join([str(tmp_path), str(HOME)])
+    process = subprocess.Popen(
+        [sys.executable, "-m", f"magnum_train.{verb}"], env=environment() | {"PYTHONPATH": paths},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "loading\n"
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=20)
+        assert (process.returncode, *said) == (-signal.SIGINT, "", "")
+    finally:
+        process.kill()
+
+
+def test_a_conversation_keeps_its_checkpoint_from_being_pruned(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen from within: when the reply is asked for, the weights are still held, and afterwards they are not."""
+    held = contextlib.ExitStack()
+    open_ = [True]
+    held.callback(open_.clear)
+    real, seen = chat.find, []
+    monkeypatch.setattr(chat, "find", lambda *a: dataclasses.replace(real(*a), lock=held))
+    monkeypatch.setattr(chat, "_alone", lambda *_: seen.extend(open_))
+    chat.chat(ChatConfig(weights=str(folder / "my model"), prompt="Hello"))
+    assert seen == [True]
+    assert open_ == []
 
 
 @pytest.mark.slow  # three starts of the program, since it is its line, its file and its pipe that are tested

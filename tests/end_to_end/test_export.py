@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -81,7 +84,7 @@ MISTAKES = {
     "no weights": ({"weights": "nothing"}, ["weights: found no folder", "nothing"]),
     "a file in the way": ({"out": "base/config.json/out"}, ["Not a directory"]),
     "no permission": ({"out": "/sys/magnum"}, ["/sys", "expected to write"]),
-    "no room": ({"out": "out"}, ["out: found 0.0 GB free for", "0.1 GB"]),
+    "no room": ({"out": "out"}, ["out: found 0.0 kB free for", "expected 50.1 MB"]),
     "half a slot": ({"tokenizer": TokenizerFileConfig(im_start_slot=3)}, ["no control token <|im_end|>"]),
 }
 
@@ -116,6 +119,52 @@ def test_a_full_disk_is_answered_and_nothing_is_left(tmp_path: Path) -> None:
     done = export(tmp_path, "weights=base", "out=out", "dtype=float32", *SLOTS, limit="64")
     assert_refused(done, "model.safetensors: found File too large", "expected room to write it", "Free some space")
     assert [entry.name for entry in tmp_path.iterdir()] == ["base"]
+
+
+def stuck(settings: ExportConfig, writing: Any) -> None:
+    """Export, and get no further than half of the first file."""
+    from model import hf
+
+    def half(_: Any, file: Path, metadata: Any) -> None:
+        file.write_bytes(b"half")
+        writing.set()
+        time.sleep(60)
+
+    hf.save_file = half
+    main(settings)
+
+
+def test_what_a_killed_export_left_is_gone_after_the_next_and_a_living_one_is_left_alone(tmp_path: Path) -> None:
+    write_base(tmp_path / "base", dtype=torch.bfloat16, shard=10**9)
+    slots = TokenizerFileConfig(im_start_slot=3, im_end_slot=4)
+    settings = ExportConfig(weights=str(tmp_path / "base"), out=str(tmp_path / "out"), tokenizer=slots)
+    context = multiprocessing.get_context("forkserver")
+    writing = context.Event()
+    process = context.Process(target=stuck, args=(settings, writing), daemon=True)
+    process.start()
+    try:
+        assert writing.wait(60)
+        with pytest.raises(UserError, match=r"\.out\.partial: found another process that writes there"):
+            main(settings)
+        assert (tmp_path / ".out.partial" / "model.safetensors").read_bytes() == b"half"
+    finally:
+        process.kill()
+        process.join()
+    main(settings)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["base", "out"]
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"model.safetensors", *FILES}
+
+
+def test_an_export_is_there_though_nobody_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As behind `| head`: the pipe is closed before the last line comes."""
+    write_base(tmp_path / "base", dtype=torch.bfloat16)
+    read, write = os.pipe()
+    os.close(read)
+    slots = TokenizerFileConfig(im_start_slot=3, im_end_slot=4)
+    with os.fdopen(write, "w") as closed, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", closed)
+        main(ExportConfig(weights=str(tmp_path / "base"), out=str(tmp_path / "out"), tokenizer=slots))
+    assert (tmp_path / "out" / "config.json").is_file()
 
 
 def test_a_damaged_shard_is_named(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Conversations: what each command does to what was said, what a reply looks like while it comes, what scripts get."""
 
+import contextlib
 import io
 import json
 from dataclasses import replace
@@ -296,7 +297,7 @@ def test_a_message_that_cannot_be_read_is_refused(content: bytes | None, said: s
 @pytest.fixture
 def loaded(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights in memory instead of in a folder."""
-    monkeypatch.setattr(chat, "find", lambda *_: SimpleNamespace(max_positions=100))
+    monkeypatch.setattr(chat, "find", lambda *_: contextlib.nullcontext(SimpleNamespace(max_positions=100)))
     monkeypatch.setattr(chat, "load_model", lambda *_, **__: (model, BYTES))
 
 

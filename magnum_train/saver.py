@@ -1,0 +1,457 @@
+"""Saving as a transaction: copied, written aside, verified, made visible by one rename, then pruned.
+
+The main thread copies weights and moments to the host's memory (page-locked where there is a GPU) and goes on training;
+a thread of each rank writes them. The threads of all ranks talk over a process group of their own, since on training's
+group their collectives would mix. What fails on one rank fails on all. It is tried again from the same copy; after the
+last attempt it is an error.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint._state_dict_stager import StateDictStager
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+
+from magnum_train import checkpoint
+from magnum_train.checkpoint import FORMAT, MANIFEST, PIN, STATE, TrainState, digest, path_of, pins, read_state, steps
+from magnum_train.config import CheckpointConfig
+from magnum_train.distributed import Ranks
+from magnum_train.errors import CheckpointError, RunError
+from magnum_train.run_folder import FULL_BYTES, ROUNDED_BYTES, size_text
+from model.hf import sync_to_disk
+
+Result = TypeVar("Result")
+Digests = dict[str, tuple[int, str]]
+"""Files of a checkpoint by name, with size and SHA-256."""
+ATTEMPTS = 3
+"""How often a save is tried before it is an error."""
+PAUSE_SECONDS = 5.0
+"""Between two attempts."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """One checkpoint that has become visible."""
+
+    step: int
+    folder: Path
+    size: int
+    """Bytes of all of its files."""
+    stall_seconds: float
+    """How long training waited: for the save before, and for the copy."""
+    seconds: float
+    """From the call until it was visible."""
+    remarks: list[str]
+    """Attempts that failed before the one that did not; old checkpoints that could not be removed."""
+
+
+class _FailedError(Exception):
+    """Something failed on one rank, as all of them have heard."""
+
+
+class Saver:
+    """Saves a run's checkpoints, one at a time. All ranks call `begin` and `wait` alike.
+
+    Args:
+        run_dir: The run's folder, shared by all ranks.
+        config: How to save, and what stays; when is the caller's.
+        ranks: This process among the others.
+
+    Attributes:
+        seconds: How long the last complete save took, on this rank; 0 before there was one.
+    """
+
+    def __init__(self, run_dir: Path, config: CheckpointConfig, ranks: Ranks) -> None:
+        self._run_dir, self._config, self._ranks = run_dir, config, ranks
+        # Keeps its memory from save to save; torch 2.11's `DefaultStager`, which wraps it, drops it after each.
+        self._stager = StateDictStager(pin_memory=ranks.device.type == "cuda", share_memory=False)
+        self._thread: threading.Thread | None = None
+        self._deadline = 0.0
+        self._outcome: Saved | BaseException | None = None
+        self._finished: list[Saved] = []
+        self.seconds = 0.0
+
+    def reserve(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Have the memory for copies made while training goes on, which would stall the first save else.
+
+        Args:
+            model: As for `begin`.
+            optimizer: After its first step; before it there are no moments.
+        """
+        if self._config.asynchronous:
+            content = _state(model, optimizer)
+            # What this copies while weights change is worth nothing; the memory is kept.
+            self._thread = threading.Thread(target=self._copy, args=(content,), name="reserve", daemon=True)
+            self._thread.start()
+            self._deadline = time.monotonic() + self._config.timeout_seconds
+
+    def begin(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        state: TrainState,
+        *,
+        files: Mapping[str, bytes] | None = None,
+        names: tuple[str, ...] = (),
+        alone: bool = False,
+    ) -> None:
+        """Copy what is to be saved and have it written. When this returns, the weights may change again.
+
+        Args:
+            model: Sharded.
+            optimizer: Its optimizer.
+            state: What else belongs to the step.
+            files: Further files that belong to it, by name; rank 0's are written.
+            names: What it is called; one that has a name is spared by pruning.
+            alone: Whether to save weights alone, in bfloat16.
+
+        Raises:
+            RunError: It could not be saved, where `checkpoint.asynchronous` is off, or the one before could not.
+        """
+        begun = time.perf_counter()
+        self.wait()
+        self._deadline = time.monotonic() + self._config.timeout_seconds
+        if alone:
+            weights = get_model_state_dict(model)
+            content = {"weights": {"model": {k: cast(torch.Tensor, v).to(torch.bfloat16) for k, v in weights.items()}}}
+        else:
+            content = _state(model, optimizer)
+        own = {}  # small files of this rank
+        if not alone:
+            own[f"random/rank-{self._ranks.rank:05d}.json"] = checkpoint.random_states(self._ranks.device)
+        if self._ranks.is_main:
+            own |= {STATE: json.dumps(asdict(state), indent=1).encode(), **(files or {})}
+        if self._config.asynchronous:
+            content = self._copy(content)
+        stall = time.perf_counter() - begun
+        final = path_of(self._run_dir, state.step, alone=alone)
+        each = ROUNDED_BYTES if alone else FULL_BYTES
+        need = each * sum(parameter.numel() for parameter in model.parameters())
+
+        def work() -> None:
+            try:
+                remarks = self._write(final, need, content, own, names)
+                size = sum(size for size, _ in checkpoint.manifest(final).values())
+                seconds = time.perf_counter() - begun
+                self._outcome = Saved(
+                    state.step, final, size, stall if self._config.asynchronous else seconds, seconds, remarks
+                )
+            except BaseException as error:  # for the main thread to raise
+                self._outcome = error
+
+        if self._config.asynchronous:
+            self._thread = threading.Thread(target=work, name="saver", daemon=True)
+            self._thread.start()
+        else:
+            work()
+            self.wait()
+
+    def _copy(self, content: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Weights and moments in the host's memory; complete when this returns."""
+        cuda = self._ranks.device.type == "cuda"
+        copied = self._stager.stage(content, non_blocking=cuda)
+        if cuda:
+            torch.cuda.synchronize(self._ranks.device)
+        return cast(dict[str, dict[str, Any]], copied)
+
+    @property
+    def failed(self) -> bool:
+        """Whether what was begun has failed on this rank, or takes longer than it may; `wait` raises the reason."""
+        runs = self._thread is not None and self._thread.is_alive()
+        return isinstance(self._outcome, BaseException) or (runs and time.monotonic() > self._deadline)
+
+    def finished(self) -> list[Saved]:
+        """What has become visible since the last call; does not wait."""
+        if self._thread is not None and not self._thread.is_alive() and isinstance(self._outcome, Saved):
+            self.wait()
+        finished, self._finished = self._finished, []
+        return finished
+
+    def wait(self) -> None:
+        """Wait until what was begun is visible.
+
+        Raises:
+            RunError: It could not be saved, or takes longer than it may.
+        """
+        if self._thread is not None:
+            self._thread.join(max(self._deadline - time.monotonic(), 0.0))
+            if self._thread.is_alive():
+                limit = self._config.timeout_seconds
+                raise RunError(
+                    str(self._run_dir / "checkpoints"), f"a save that has not ended after {limit} s",
+                    "one that ends in checkpoint.timeout_seconds", "Look at the file system, or allow it more time.",
+                )  # fmt: skip
+        outcome, self._outcome, self._thread = self._outcome, None, None
+        if isinstance(outcome, BaseException):
+            raise outcome
+        if outcome is not None:
+            self._finished.append(outcome)
+            self.seconds = outcome.seconds
+
+    def _write(
+        self, final: Path, need: int, content: dict[str, dict[str, Any]], own: dict[str, bytes], names: tuple[str, ...]
+    ) -> list[str]:
+        """Write a checkpoint, trying again where that fails; returns what is worth a remark."""
+        reasons: list[str] = []
+        aside = final.with_name(f".writing-{final.name}")
+        while True:
+            try:
+                self._attempt(aside, final, need, content, own, names)
+                break
+            except _FailedError as error:
+                reasons.append(_reason(error))
+                with contextlib.suppress(_FailedError):  # what cannot be removed now is removed by the next start
+                    self._agree(lambda: shutil.rmtree(aside, ignore_errors=True) if self._ranks.is_main else None)
+                if len(reasons) == ATTEMPTS:
+                    raise RunError(
+                        str(final), f"{'; then '.join(dict.fromkeys(reasons))} ({ATTEMPTS} attempts)",
+                        f"to write {size_text(need)} there",
+                        "What was saved before stands: the same command goes on from it.",
+                    ) from error  # fmt: skip
+            time.sleep(PAUSE_SECONDS)
+        remarks = [f"attempt {number} failed: {reason}" for number, reason in enumerate(reasons, 1)]
+        if self._ranks.is_main:
+            remarks += prune(self._run_dir, self._config)
+        self._agree(lambda: None)  # no rank is done before the old ones are gone
+        return remarks
+
+    def _attempt(
+        self,
+        aside: Path,
+        final: Path,
+        need: int,
+        content: dict[str, dict[str, Any]],
+        own: dict[str, bytes],
+        names: tuple[str, ...],
+    ) -> None:
+        if self._ranks.is_main:
+            self._agree(lambda: _open(aside, need))
+        else:
+            self._agree(lambda: None)
+        meant: Digests = {}
+        for part, state_dict in content.items():
+            writer = FileSystemWriter(aside / part)
+            writer.fs = files = _DigestingFiles()
+            try:
+                dcp_save(state_dict, storage_writer=writer, process_group=self._ranks.saving)
+            except CheckpointException as error:
+                self._agree(files.raise_failure)
+                raise _FailedError(_reason(error)) from error
+            meant |= {f"{part}/{name}": entry for name, entry in files.digests.items()}
+        written = self._agree(lambda: _finish(aside, meant, own))
+        if self._ranks.is_main:
+            everything = {name: entry for files in written for name, entry in files.items()}
+            self._agree(lambda: _publish(aside, final, everything, names))
+        else:
+            self._agree(lambda: None)
+
+    def _agree(self, task: Callable[[], Result]) -> list[Result]:
+        """Run something on every rank and hear what came of it on each; where it failed on one, it failed on all.
+
+        Raises:
+            _FailedError: With the first failing rank's reason.
+        """
+        word: tuple[Result | None, str]
+        try:
+            word = task(), ""
+        except (OSError, ValueError, _FailedError) as error:
+            word = None, _reason(error)
+        words: list[Any] = [None] * self._ranks.world_size
+        dist.all_gather_object(words, word, group=self._ranks.saving)
+        for rank, (_, failure) in enumerate(words):
+            if failure:
+                raise _FailedError(failure if len(words) == 1 else f"rank {rank}: {failure}")
+        return [result for result, _ in words]
+
+
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
+    """Weights and moments of this rank, by the folder that they are written in."""
+    weights, moments = get_state_dict(model, optimizer)
+    return {"weights": {"model": weights}, "optimizer": {"optimizer": moments}}
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, in one line; of several ranks' errors the first."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        rank, (cause, _) = next(iter(failures.items()))
+        return f"rank {rank}: {_reason(cause)}" if len(failures) > 1 or rank else _reason(cause)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _open(aside: Path, need: int) -> None:
+    """Make an empty folder to write in, and room for it."""
+    clear_away(aside.parent)
+    aside.mkdir(parents=True)
+    if (free := shutil.disk_usage(aside).free) < need:
+        raise _FailedError(f"{size_text(free)} free, {size_text(need)} needed")
+
+
+def clear_away(checkpoints: Path) -> None:
+    """Remove what a process that died in a save or in pruning has left."""
+    for left in (*checkpoints.glob(".writing-*"), *checkpoints.glob(".removing-*")):
+        shutil.rmtree(left)
+
+
+def _finish(aside: Path, meant: Digests, own: dict[str, bytes]) -> Digests:
+    """Write this rank's small files, and read back all that it wrote."""
+    for name, data in own.items():
+        file = aside / name
+        file.parent.mkdir(exist_ok=True)
+        with file.open("wb") as out:
+            out.write(data)
+            out.flush()
+            os.fsync(out.fileno())
+        meant[name] = len(data), hashlib.sha256(data).hexdigest()
+    for name, entry in meant.items():
+        if digest(aside / name) != entry:
+            raise _FailedError(f"{name} does not read back as it was written")
+    return meant
+
+
+def _publish(aside: Path, final: Path, files: Digests, names: tuple[str, ...]) -> None:
+    """Write the manifest, see that all is there and on disk, and make it visible."""
+    (aside / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
+    if names:
+        (aside / PIN).write_text("\n".join(names) + "\n")
+    there = {path.relative_to(aside).as_posix() for path in aside.rglob("*") if path.is_file()}
+    if there - {MANIFEST, PIN} != files.keys():
+        raise _FailedError(f"{len(there ^ files.keys())} files are missing, or nobody knows them")
+    for path in (aside / MANIFEST, *([aside / PIN] if names else []), *(p for p in aside.rglob("*") if p.is_dir())):
+        sync_to_disk(path)
+    sync_to_disk(aside)
+    if final.exists():  # saved once before, by a start that went back to an older one
+        shutil.rmtree(final.rename(final.with_name(f".removing-{final.name}")))
+    aside.rename(final)
+    sync_to_disk(final.parent)
+
+
+def spared(run_dir: Path, config: CheckpointConfig) -> set[int]:
+    """The steps of a run's checkpoints that pruning leaves: the newest, the best, the round ones, those with a name."""
+    there = steps(run_dir)
+    kept = set(there[-config.keep_last :] if config.keep_last else there)
+    losses: list[tuple[float, int]] = []
+    for step in there:
+        folder = path_of(run_dir, step)
+        with contextlib.suppress(CheckpointError):  # damaged by others; it has no loss to be kept for
+            loss = read_state(folder).validation_loss
+            losses += [] if loss is None else [(loss, step)]
+        if (config.keep_every_steps and step % config.keep_every_steps == 0) or pins(folder):
+            kept.add(step)
+    return kept | {step for _, step in sorted(losses)[: config.keep_best]}
+
+
+def prune(run_dir: Path, config: CheckpointConfig) -> list[str]:
+    """Remove the checkpoints that need not stay and that nobody reads.
+
+    Returns:
+        What could not be removed, and why. It is tried again after the next save.
+    """
+    remarks = []
+    for step in sorted(set(steps(run_dir)) - spared(run_dir, config)):
+        folder = path_of(run_dir, step)
+        try:
+            with (folder / MANIFEST).open("r+b") as lock:
+                if not _unread(lock):
+                    continue
+                removed = folder.rename(folder.with_name(f".removing-{folder.name}"))
+                shutil.rmtree(removed)
+        except OSError as error:
+            remarks.append(f"{folder.name} could not be removed: {_reason(error)}")
+    return remarks
+
+
+def _unread(lock: io.BufferedRandom) -> bool:
+    """Whether no chat or export reads the checkpoint to which this file belongs; see `checkpoint.reading`."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks tells nobody about readers, and must not fill up
+        return True
+    return True
+
+
+class _DigestingFiles(FileSystem):
+    """Knows the size and digest of what was written, so that it can be compared with what is on disk.
+
+    Attributes:
+        digests: Of complete files, by name.
+    """
+
+    def __init__(self) -> None:
+        self.digests: Digests = {}
+        self._failure: OSError | None = None
+
+    def raise_failure(self) -> None:
+        """Raise what kept a file from being written, if anything did: torch's own serialiser loses the reason."""
+        if self._failure is not None:
+            raise self._failure
+
+    @contextlib.contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
+        with super().create_stream(path, mode) as stream:
+            if mode != "wb":
+                yield stream
+                return
+            digesting = _Digesting(stream)
+            try:
+                yield digesting
+            except BaseException:
+                self._failure = digesting.failure
+                raise
+            self.digests[Path(path).name.removesuffix(".tmp")] = digesting.size, digesting.sha.hexdigest()
+
+
+class _Digesting(io.RawIOBase):
+    """A file that is written from its beginning to its end."""
+
+    def __init__(self, file: io.IOBase) -> None:
+        self._file = cast(io.BufferedWriter, file)
+        self.size, self.sha = 0, hashlib.sha256()
+        self.failure: OSError | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        try:
+            written = self._file.write(data)
+        except OSError as error:
+            self.failure = error
+            raise
+        self.sha.update(data)
+        self.size += written
+        return written
+
+    def tell(self) -> int:
+        return self.size
+
+    def flush(self) -> None:
+        if not self._file.closed:
+            self._file.flush()
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    def close(self) -> None:
+        self.flush()

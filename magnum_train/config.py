@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import tempfile
 import textwrap
@@ -904,7 +905,7 @@ def verb(run: Callable[[Schema], None], schema: type[Schema], config_name: str) 
                 config = cast(Schema, dataclasses.replace(config, run_dir=folder))
             run(config)
         except (Exception, KeyboardInterrupt) as error:
-            _end(error, schema)
+            _end(error, schema, scratch)
 
     with tempfile.TemporaryDirectory() as scratch:
         # Hydra wants to write a sweep's folder on every rank; ours are the run folders, so it gets a scratch one.
@@ -916,8 +917,14 @@ def verb(run: Callable[[Schema], None], schema: type[Schema], config_name: str) 
             _end(error, schema)
 
 
-def _end(error: BaseException, schema: type) -> None:
-    """Say what went wrong, once, and leave with the status that fits."""
+def _end(error: BaseException, schema: type, scratch: str = "") -> None:
+    """Say what went wrong, once, and leave with the status that fits.
+
+    Args:
+        error: What went wrong.
+        schema: The program's settings.
+        scratch: A folder that is to be gone.
+    """
     if isinstance(error, BrokenPipeError):  # nobody listens any more; the interpreter must not try again at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
@@ -927,10 +934,15 @@ def _end(error: BaseException, schema: type) -> None:
             print(f"\ninterrupted{goes_on}", file=sys.stderr)
         raise SystemExit(130) from None
     known = _as_user_error(error, schema) if isinstance(error, Exception) else None
-    if known is None:
-        traceback.print_exception(error)
-        raise SystemExit(1) from None
-    if isinstance(known, LostRankError):  # said already, by one rank
+    if known is None or isinstance(known, LostRankError):
+        if known is None:  # a lost rank has been told of already, by one of the others
+            traceback.print_exception(error)
+        if launch().world_size > 1:
+            # Threads may wait in collectives for a rank that is gone; taking the interpreter down around them aborts.
+            shutil.rmtree(scratch, ignore_errors=True)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1)
         raise SystemExit(1) from None
     if not isinstance(known, ElsewhereError) and (launch().rank == 0 or isinstance(known, HostError)):
         print(f"error: {known}", file=sys.stderr, flush=True)

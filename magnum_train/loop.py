@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -203,23 +204,34 @@ def save(run: Run, record: metrics.Metrics, names: tuple[str, ...] = (), *, regu
 
     Args:
         run: The run.
-        record: Forced to disk first.
+        record: Forced to disk before the checkpoint is visible.
         names: What the checkpoint is called.
         regular: Whether it is due for another reason than its name, so that it must be one to go on from.
     """
     step = run.state.step
+    if run.settings.guard.compare_replicas_every_steps is not None:
+        run.ranks.watch.phase("comparing replicas", step)
+        replicas.compare(run.model, run.ranks, step)
     run.ranks.watch.phase("copying for the save", step, limited=False)  # waits for the save before this one
-    record.sync()
+    record.draw()
+    settled = None
     if run.ranks.is_main:
-        run.skipped.sync()
-        run.incidents.sync()
-        write_ledger(run)  # before the checkpoint: a start that finds the run complete writes nothing
+        ledger = run.batches.ledger(step, run.state.refused)
+        settled = partial(settle, run, record, json.dumps(ledger.to_json(), indent=1))
+    begin = partial(run.saver.begin, run.model, run.optimizer, run.state, before=settled)
     if names and run.settings.checkpoint.pinned_weights_only:
-        run.saver.begin(run.model, run.optimizer, run.state, names=names, alone=True)
+        begin(names=names, alone=True)
         if not regular:
             return
         names = ()
-    run.saver.begin(run.model, run.optimizer, run.state, files=run.batches.saved(step), names=names)
+    begin(files=run.batches.saved(step), names=names)
+
+
+def settle(run: Run, record: metrics.Metrics, ledger: str) -> None:
+    """Have all records on disk, before the checkpoint that follows them becomes visible."""
+    for lines in (record, run.skipped, run.incidents):
+        lines.sync()
+    write(run.run_dir / "ledger.json", ledger)  # a start that finds the run complete writes nothing
 
 
 def finish_saving(run: Run, record: metrics.Metrics) -> None:
@@ -241,17 +253,11 @@ def tell(run: Run, record: metrics.Metrics) -> None:
             }
         )
         run.terminal.say(
-            f"step {saved.step}: {saved.folder.name} with {size_text(saved.size)} in {saved.seconds:.2f} s, "
-            f"of which training waited {saved.stall_seconds:.2f} s"
+            f"step {saved.step}: saved {saved.folder.name} ({size_text(saved.size)}) in {saved.seconds:.2f} s, "
+            f"training waited {saved.stall_seconds:.2f} s"
         )
         for remark in saved.remarks:
             run.note(f"{saved.folder.name}: {remark}", saved.step)
-
-
-def write_ledger(run: Run) -> None:
-    """Record where every row went, down to what has been trained."""
-    ledger = run.batches.ledger(run.state.step, run.state.refused)
-    write(run.run_dir / "ledger.json", json.dumps(ledger.to_json(), indent=1))
 
 
 def due(step: int, every: int | None, total: int) -> bool:

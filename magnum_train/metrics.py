@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -114,14 +115,15 @@ def _finite(value: Any) -> Any:
 class Lines:
     """A file that takes lines whole or not at all. Those that a full disk does not take wait for the next one.
 
-    A save may fill a disk for a moment, and that is no reason to end a run.
+    A save may fill a disk for a moment, and that is no reason to end a run. The thread that saves may call `sync` while
+    lines are added.
 
     Args:
         file: Appended to.
     """
 
     def __init__(self, file: Path) -> None:
-        self._path, self._waiting = file, deque[bytes]()
+        self._path, self._waiting, self._lock = file, deque[bytes](), threading.Lock()
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Append an object as JSON, if that can be done now.
@@ -129,8 +131,9 @@ class Lines:
         Args:
             row: What is not finite in it becomes null, as JSON asks.
         """
-        self._waiting.append(json.dumps({k: _finite(v) for k, v in row.items()}, allow_nan=False).encode() + b"\n")
-        with contextlib.suppress(OSError):  # `sync` raises it, before anything relies on the lines
+        line = json.dumps({key: _finite(value) for key, value in row.items()}, allow_nan=False).encode() + b"\n"
+        with self._lock, contextlib.suppress(OSError):  # `sync` raises it, before anything relies on the lines
+            self._waiting.append(line)
             self._settle()
 
     def sync(self) -> None:
@@ -140,7 +143,8 @@ class Lines:
             RunError: They cannot be written.
         """
         try:
-            self._settle()
+            with self._lock:
+                self._settle()
             if self._path.exists():
                 sync_to_disk(self._path)
         except OSError as error:
@@ -230,6 +234,10 @@ class Metrics:
         """
         if self._lines is not None:
             self._lines.sync()
+
+    def draw(self) -> None:
+        """Have every row on the curves; all of them anew, where that has failed since the last time."""
+        if self._lines is not None:
             with self._curves_may_fail():
                 if not self._curves:
                     self._begin_curves()
@@ -237,7 +245,7 @@ class Metrics:
 
     @contextlib.contextmanager
     def _curves_may_fail(self) -> Iterator[None]:
-        """Curves that cannot be written are drawn anew from the record when it is next forced to disk."""
+        """Curves that cannot be written are given up, until `draw` begins them anew from the record."""
         try:
             yield
         except OSError:
@@ -247,6 +255,7 @@ class Metrics:
         """End the record."""
         if self._lines is not None:
             self.sync()
+            self.draw()
             self._lines = None
             with self._curves_may_fail():
                 self._writer.close()

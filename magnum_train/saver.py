@@ -73,12 +73,13 @@ class Saver:
         run_dir: The run's folder, shared by all ranks.
         config: How to save, and what stays; when is the caller's.
         ranks: This process among the others.
+        expected_seconds: How long a save is expected to take.
 
     Attributes:
-        seconds: How long the last complete save took, on this rank; 0 before there was one.
+        seconds: How long the last complete save took, on this rank; before there was one, what was expected.
     """
 
-    def __init__(self, run_dir: Path, config: CheckpointConfig, ranks: Ranks) -> None:
+    def __init__(self, run_dir: Path, config: CheckpointConfig, ranks: Ranks, expected_seconds: float = 0.0) -> None:
         self._run_dir, self._config, self._ranks = run_dir, config, ranks
         # Keeps its memory from save to save; torch 2.11's `DefaultStager`, which wraps it, drops it after each.
         self._stager = StateDictStager(pin_memory=ranks.device.type == "cuda", share_memory=False)
@@ -86,7 +87,7 @@ class Saver:
         self._deadline = 0.0
         self._outcome: Saved | BaseException | None = None
         self._finished: list[Saved] = []
-        self.seconds = 0.0
+        self.seconds = expected_seconds
 
     def reserve(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Have the memory for copies made while training goes on, which would stall the first save else.
@@ -111,6 +112,7 @@ class Saver:
         files: Mapping[str, bytes] | None = None,
         names: tuple[str, ...] = (),
         alone: bool = False,
+        before: Callable[[], None] | None = None,
     ) -> None:
         """Copy what is to be saved and have it written. When this returns, the weights may change again.
 
@@ -121,6 +123,8 @@ class Saver:
             files: Further files that belong to it, by name; rank 0's are written.
             names: What it is called; one that has a name is spared by pruning.
             alone: Whether to save weights alone, in bfloat16.
+            before: Puts on disk what must be there before the checkpoint is visible. Rank 0's is called, by the thread
+                that saves; where it raises OSError or ValueError, the attempt has failed.
 
         Raises:
             RunError: It could not be saved, where `checkpoint.asynchronous` is off, or the one before could not.
@@ -147,7 +151,7 @@ class Saver:
 
         def work() -> None:
             try:
-                remarks = self._write(final, need, content, own, names)
+                remarks = self._write(final, need, content, own, names, before or (lambda: None))
                 size = sum(size for size, _ in checkpoint.manifest(final).values())
                 seconds = time.perf_counter() - begun
                 self._outcome = Saved(
@@ -206,14 +210,20 @@ class Saver:
             self.seconds = outcome.seconds
 
     def _write(
-        self, final: Path, need: int, content: dict[str, dict[str, Any]], own: dict[str, bytes], names: tuple[str, ...]
+        self,
+        final: Path,
+        need: int,
+        content: dict[str, dict[str, Any]],
+        own: dict[str, bytes],
+        names: tuple[str, ...],
+        before: Callable[[], None],
     ) -> list[str]:
         """Write a checkpoint, trying again where that fails; returns what is worth a remark."""
         reasons: list[str] = []
         aside = final.with_name(f".writing-{final.name}")
         while True:
             try:
-                self._attempt(aside, final, need, content, own, names)
+                self._attempt(aside, final, need, content, own, names, before)
                 break
             except _FailedError as error:
                 reasons.append(_reason(error))
@@ -240,6 +250,7 @@ class Saver:
         content: dict[str, dict[str, Any]],
         own: dict[str, bytes],
         names: tuple[str, ...],
+        before: Callable[[], None],
     ) -> None:
         if self._ranks.is_main:
             self._agree(lambda: _open(aside, need))
@@ -258,8 +269,10 @@ class Saver:
         written = self._agree(lambda: _finish(aside, meant, own))
         if self._ranks.is_main:
             everything = {name: entry for files in written for name, entry in files.items()}
+            self._agree(before)
             self._agree(lambda: _publish(aside, final, everything, names))
         else:
+            self._agree(lambda: None)
             self._agree(lambda: None)
 
     def _agree(self, task: Callable[[], Result]) -> list[Result]:

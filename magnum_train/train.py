@@ -61,6 +61,7 @@ def train(settings: TrainConfig) -> None:
         ranks.watch.phase("starting", limited=False)
         if remark := ranks.once("folder", lambda: claimed(run_dir, until_the_end)):
             terminal.say(remark)
+        ranks.watch.folder = run_dir
         recorded, passed = None, list[str]()
         start = None
         asked = settings
@@ -217,7 +218,7 @@ def assemble(
         terminal.say(line)
     terminal.say(plan_text(settings, batches, prepared, ranks))
     terminal.say(text)
-    warn_of_slow_saves(run_dir, parameter_count(model_config), ranks, terminal)
+    save_seconds = expected_save_seconds(run_dir, parameter_count(model_config), ranks, terminal)
     terminal.say(
         f"{parameter_count(model_config):,} parameters, attention {attention}, compute in {name_of(compute_dtype)}, "
         f"torch {torch.__version__}, {ranks.device.type}"
@@ -249,7 +250,7 @@ def assemble(
     recorder = FlightRecorder(run_dir / "flight", ranks.rank, prepared.sources)
     run = Run(
         settings, ranks, terminal, run_dir, prepared, batches, model, optimizer, prompts, now,
-        Saver(run_dir, settings.checkpoint, ranks), recorder, names,
+        Saver(run_dir, settings.checkpoint, ranks, save_seconds), recorder, names,
         time.monotonic() if started is None else started,
     )  # fmt: skip
     if recorded is None:
@@ -319,16 +320,18 @@ def checkpoint_names(settings: TrainConfig, total_steps: int, epoch_ends: list[i
     return names
 
 
-def warn_of_slow_saves(run_dir: Path, parameters: int, ranks: Ranks, terminal: metrics.Terminal) -> None:
-    """Say so where a save is going to take longer than torchrun lets its workers live after a signal."""
+def expected_save_seconds(run_dir: Path, parameters: int, ranks: Ranks, terminal: metrics.Terminal) -> float:
+    """How long a save takes at the speed measured now; said where torchrun would not let its workers live so long."""
     size = run_folder.FULL_BYTES * parameters
     speed = run_folder.write_speed(run_dir, size, ranks)
-    if (seconds := size / speed) > GRACE_SECONDS:
+    seconds = size / speed
+    if seconds > GRACE_SECONDS:
         terminal.say(
             f"a save is going to take some {seconds:,.0f} s (all ranks together write "
             f"{run_folder.size_text(int(speed))}/s): when torchrun is told to stop, it kills its workers after "
             f"{GRACE_SECONDS} s; see docs/clusters.md for more time"
         )
+    return seconds
 
 
 def load_start(

@@ -11,9 +11,10 @@ from data.loader import Loader, Schedule, StepMaker
 from data.prepared import Prepared, open_prepared
 from magnum_train import distributed
 from magnum_train.config import TrainConfig, compose
+from magnum_train.loop import Run, one_step
 from magnum_train.metrics import Terminal
 from magnum_train.prepare import prepare_data
-from magnum_train.train import Run, assemble, one_step
+from magnum_train.train import assemble
 from model import Transformer
 from model.transformer import init_weights
 from ranks import run_ranks
@@ -49,7 +50,7 @@ def three_steps(line: list[str], sgd: bool) -> tuple[list[tuple[float, float]], 
         run = started(settings, ranks)
         if sgd:  # Adam turns the sign of a vanishing gradient into a whole step, so weights are compared under SGD
             run.optimizer = Descent(run.model.parameters(), lr=1e-3)
-        rows: list[dict[str, Any]] = [one_step(run, step, None) for step in range(1, STEPS + 1)]
+        rows: list[dict[str, Any]] = [one_step(run, step, None)[0] for step in range(1, STEPS + 1)]
         weights = {name: p.full_tensor().clone() for name, p in run.model.named_parameters()}  # type: ignore[attr-defined]
         return [(row["loss"], row["grad_norm"]) for row in rows], weights
 

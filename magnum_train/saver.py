@@ -62,6 +62,26 @@ class Saved:
     """Attempts that failed before the one that did not; old checkpoints that could not be removed."""
 
 
+@dataclass(frozen=True)
+class _Task:
+    """What a rank's thread has to write."""
+
+    final: Path
+    need: int
+    """Bytes of all ranks' shards together."""
+    shards: dict[str, dict[str, Any]]
+    """Weights and moments, by folder."""
+    small: dict[str, bytes]
+    """This rank's other files, by name."""
+    names: tuple[str, ...]
+    before: Callable[[], None]
+
+    @property
+    def aside(self) -> Path:
+        """Where it is written; nothing reads this name."""
+        return self.final.with_name(f".writing-{self.final.name}")
+
+
 class _FailedError(Exception):
     """Something failed on one rank, as all of them have heard."""
 
@@ -97,9 +117,9 @@ class Saver:
             optimizer: After its first step; before it there are no moments.
         """
         if self._config.asynchronous:
-            content = _state(model, optimizer)
+            shards = _state(model, optimizer)
             # What this copies while weights change is worth nothing; the memory is kept.
-            self._thread = threading.Thread(target=self._copy, args=(content,), name="reserve", daemon=True)
+            self._thread = threading.Thread(target=self._copy, args=(shards,), name="reserve", daemon=True)
             self._thread.start()
             self._deadline = time.monotonic() + self._config.timeout_seconds
 
@@ -134,28 +154,33 @@ class Saver:
         self._deadline = time.monotonic() + self._config.timeout_seconds
         if alone:
             weights = get_model_state_dict(model)
-            content = {"weights": {"model": {k: cast(torch.Tensor, v).to(torch.bfloat16) for k, v in weights.items()}}}
+            shards = {"weights": {"model": {k: cast(torch.Tensor, v).to(torch.bfloat16) for k, v in weights.items()}}}
         else:
-            content = _state(model, optimizer)
-        own = {}  # small files of this rank
+            shards = _state(model, optimizer)
+        small = {}
         if not alone:
-            own[f"random/rank-{self._ranks.rank:05d}.json"] = checkpoint.random_states(self._ranks.device)
+            small[f"random/rank-{self._ranks.rank:05d}.json"] = checkpoint.random_states(self._ranks.device)
         if self._ranks.is_main:
-            own |= {STATE: json.dumps(asdict(state), indent=1).encode(), **(files or {})}
+            small |= {STATE: json.dumps(asdict(state), indent=1).encode(), **(files or {})}
         if self._config.asynchronous:
-            content = self._copy(content)
+            shards = self._copy(shards)
         stall = time.perf_counter() - begun
-        final = path_of(self._run_dir, state.step, alone=alone)
-        each = ROUNDED_BYTES if alone else FULL_BYTES
-        need = each * sum(parameter.numel() for parameter in model.parameters())
+        task = _Task(
+            final=path_of(self._run_dir, state.step, alone=alone),
+            need=(ROUNDED_BYTES if alone else FULL_BYTES) * sum(parameter.numel() for parameter in model.parameters()),
+            shards=shards,
+            small=small,
+            names=names,
+            before=before or (lambda: None),
+        )
 
         def work() -> None:
             try:
-                remarks = self._write(final, need, content, own, names, before or (lambda: None))
-                size = sum(size for size, _ in checkpoint.manifest(final).values())
+                remarks = self._write(task)
+                size = sum(size for size, _ in checkpoint.manifest(task.final).values())
                 seconds = time.perf_counter() - begun
                 self._outcome = Saved(
-                    state.step, final, size, stall if self._config.asynchronous else seconds, seconds, remarks
+                    state.step, task.final, size, stall if self._config.asynchronous else seconds, seconds, remarks
                 )
             except BaseException as error:  # for the main thread to raise
                 self._outcome = error
@@ -167,10 +192,10 @@ class Saver:
             work()
             self.wait()
 
-    def _copy(self, content: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    def _copy(self, shards: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """Weights and moments in the host's memory; complete when this returns."""
         cuda = self._ranks.device.type == "cuda"
-        copied = self._stager.stage(content, non_blocking=cuda)
+        copied = self._stager.stage(shards, non_blocking=cuda)
         if cuda:
             torch.cuda.synchronize(self._ranks.device)
         return cast(dict[str, dict[str, Any]], copied)
@@ -209,30 +234,21 @@ class Saver:
             self._finished.append(outcome)
             self.seconds = outcome.seconds
 
-    def _write(
-        self,
-        final: Path,
-        need: int,
-        content: dict[str, dict[str, Any]],
-        own: dict[str, bytes],
-        names: tuple[str, ...],
-        before: Callable[[], None],
-    ) -> list[str]:
+    def _write(self, task: _Task) -> list[str]:
         """Write a checkpoint, trying again where that fails; returns what is worth a remark."""
         reasons: list[str] = []
-        aside = final.with_name(f".writing-{final.name}")
         while True:
             try:
-                self._attempt(aside, final, need, content, own, names, before)
+                self._attempt(task)
                 break
             except _FailedError as error:
                 reasons.append(_reason(error))
                 with contextlib.suppress(_FailedError):  # what cannot be removed now is removed by the next start
-                    self._agree(lambda: shutil.rmtree(aside, ignore_errors=True) if self._ranks.is_main else None)
+                    self._by_main(lambda: shutil.rmtree(task.aside, ignore_errors=True))
                 if len(reasons) == ATTEMPTS:
                     raise RunError(
-                        str(final), f"{'; then '.join(dict.fromkeys(reasons))} ({ATTEMPTS} attempts)",
-                        f"to write {size_text(need)} there",
+                        str(task.final), f"{'; then '.join(dict.fromkeys(reasons))} ({ATTEMPTS} attempts)",
+                        f"to write {size_text(task.need)} there",
                         "What was saved before stands: the same command goes on from it.",
                     ) from error  # fmt: skip
             time.sleep(PAUSE_SECONDS)
@@ -242,38 +258,25 @@ class Saver:
         self._agree(lambda: None)  # no rank is done before the old ones are gone
         return remarks
 
-    def _attempt(
-        self,
-        aside: Path,
-        final: Path,
-        need: int,
-        content: dict[str, dict[str, Any]],
-        own: dict[str, bytes],
-        names: tuple[str, ...],
-        before: Callable[[], None],
-    ) -> None:
-        if self._ranks.is_main:
-            self._agree(lambda: _open(aside, need))
-        else:
-            self._agree(lambda: None)
+    def _attempt(self, task: _Task) -> None:
+        self._by_main(lambda: _open(task.aside, task.need))
         meant: Digests = {}
-        for part, state_dict in content.items():
-            writer = FileSystemWriter(aside / part)
+        for part, shards in task.shards.items():
+            writer = FileSystemWriter(task.aside / part)
             writer.fs = files = _DigestingFiles()
             try:
-                dcp_save(state_dict, storage_writer=writer, process_group=self._ranks.saving)
+                dcp_save(shards, storage_writer=writer, process_group=self._ranks.saving)
             except CheckpointException as error:
                 self._agree(files.raise_failure)
                 raise _FailedError(_reason(error)) from error
             meant |= {f"{part}/{name}": entry for name, entry in files.digests.items()}
-        written = self._agree(lambda: _finish(aside, meant, own))
-        if self._ranks.is_main:
-            everything = {name: entry for files in written for name, entry in files.items()}
-            self._agree(before)
-            self._agree(lambda: _publish(aside, final, everything, names))
-        else:
-            self._agree(lambda: None)
-            self._agree(lambda: None)
+        written = self._agree(lambda: _finish(task.aside, meant, task.small))
+        self._by_main(task.before)
+        self._by_main(lambda: _publish(task, {name: entry for files in written for name, entry in files.items()}))
+
+    def _by_main(self, task: Callable[[], None]) -> None:
+        """Run something on rank 0; where it failed, it failed on all."""
+        self._agree(task if self._ranks.is_main else lambda: None)
 
     def _agree(self, task: Callable[[], Result]) -> list[Result]:
         """Run something on every rank and hear what came of it on each; where it failed on one, it failed on all.
@@ -325,9 +328,9 @@ def clear_away(checkpoints: Path) -> None:
         shutil.rmtree(left)
 
 
-def _finish(aside: Path, meant: Digests, own: dict[str, bytes]) -> Digests:
+def _finish(aside: Path, meant: Digests, small: dict[str, bytes]) -> Digests:
     """Write this rank's small files, and read back all that it wrote."""
-    for name, data in own.items():
+    for name, data in small.items():
         file = aside / name
         file.parent.mkdir(exist_ok=True)
         with file.open("wb") as out:
@@ -341,8 +344,9 @@ def _finish(aside: Path, meant: Digests, own: dict[str, bytes]) -> Digests:
     return meant
 
 
-def _publish(aside: Path, final: Path, files: Digests, names: tuple[str, ...]) -> None:
+def _publish(task: _Task, files: Digests) -> None:
     """Write the manifest, see that all is there and on disk, and make it visible."""
+    aside, final, names = task.aside, task.final, task.names
     (aside / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
     if names:
         (aside / PIN).write_text("\n".join(names) + "\n")

@@ -22,6 +22,7 @@ import os
 import pickle
 import random
 import re
+import time
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -82,8 +83,6 @@ class TrainState:
     """What was chosen at start by looking at the machine, to be chosen again: the attention backend."""
     total_steps: int = 0
     """Steps of the run when it was saved: the horizon of the learning rate."""
-    validation_loss: float | None = None
-    """Of this very step; None where it was not validated."""
     recent: list[list[float]] = field(default_factory=list)
     """Loss and gradient norm of the last applied steps, which tell a spike."""
     stepped_over: list[int] = field(default_factory=list)
@@ -120,7 +119,7 @@ def path_of(run_dir: Path, step: int, *, alone: bool = False) -> Path:
 def pins(folder: Path) -> list[str]:
     """The names that a checkpoint bears."""
     try:
-        return (folder / PIN).read_text().split()
+        return (folder / PIN).read_text(errors="replace").split()
     except FileNotFoundError:  # for most, and for one that is pruned just now
         return []
 
@@ -176,7 +175,11 @@ def manifest(folder: Path) -> dict[str, tuple[int, str]]:
 
 
 def difference(folder: Path, files: Iterable[tuple[str, tuple[int, str]]]) -> str | None:
-    """The first of some files of a checkpoint that is not what its manifest says; None where all are."""
+    """The first of some files of a checkpoint that is not what its manifest says; None where all are.
+
+    Raises:
+        OSError: One is there and cannot be read, which says nothing of its content.
+    """
     for name, (size, sha) in files:
         path = folder / name
         try:
@@ -185,7 +188,7 @@ def difference(folder: Path, files: Iterable[tuple[str, tuple[int, str]]]) -> st
                 return f"{name} has {there:,} bytes, not {size:,}"
             if (found := digest(path)[1]) != sha:
                 return f"{name} has another content than was written (SHA-256 {found[:8]}…, not {sha[:8]}…)"
-        except OSError as error:
+        except FileNotFoundError as error:
             return f"{name}: {error.strerror}"
     return None
 
@@ -204,8 +207,15 @@ def check(folder: Path, parts: tuple[str, ...] = ("",)) -> str | None:
         files = [(name, entry) for name, entry in manifest(folder).items() if name.startswith(parts)]
     except ValueError as error:
         return str(error)
+
+    def wrong(file: tuple[str, tuple[int, str]]) -> str | None:
+        try:
+            return difference(folder, [file])
+        except OSError as error:
+            return f"{file[0]}: {error.strerror}"
+
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return next((wrong for wrong in pool.map(lambda file: difference(folder, [file]), files) if wrong), None)
+        return next(filter(None, pool.map(wrong, files)), None)
 
 
 @contextlib.contextmanager
@@ -276,7 +286,16 @@ def _verify(folder: Path, settings: str, ranks: Ranks, occasion: str) -> str | N
             files = list(manifest(folder).items())
         except ValueError as error:
             return str(error)
-        return difference(folder, files[ranks.rank :: ranks.world_size]) or ""
+        share = files[ranks.rank :: ranks.world_size]
+        try:
+            try:
+                return difference(folder, share) or ""
+            except OSError:
+                time.sleep(1)  # a server of files that starts again, or has a new idea of where one lies
+                return difference(folder, share) or ""
+        except OSError as error:
+            remedy = "Nothing was changed. Start again when it can be read, or move this checkpoint away."
+            raise CheckpointError(str(folder), error.strerror or str(error), "files to verify", remedy) from error
 
     if not (folder / MANIFEST).exists() and (folder / ".metadata").exists():
         read_state(folder)  # the layout before this one; says so

@@ -234,7 +234,7 @@ class StepConfig:
     max_skipped_steps: int = 10
     """Updates refused, in the whole run, before it stops with an error; see guard."""
     max_minutes: float | None = None
-    """Minutes after which the run saves and ends, to go on when it is started again; for queues with a time limit."""
+    """Minutes after which a start saves and ends, for the next one to go on; for queues with a time limit."""
     threads: int | None = None
     """CPU threads of a process; null shares the host's cores among its processes (torchrun alone sets one)."""
     deterministic: bool = False
@@ -402,7 +402,7 @@ class GuardConfig:
     """Steps left out after a roll-back, the last of them the one that went wrong. 1 helps against a broken machine,
     more also against updates whose harm showed late."""
     max_roll_backs: int = 3
-    """Roll-backs of one start, before the run stops with an error."""
+    """Roll-backs without a checkpoint beyond the step that went wrong, before the run stops with an error."""
     compare_replicas_every_steps: int | None = None
     """Steps between comparisons of the weights over the copies of the model; needs parallel.replicate of 2 or more."""
 
@@ -688,6 +688,9 @@ def _as_user_error(error: Exception, schema: type) -> ValueError | None:
     if not isinstance(error, (HydraException, OmegaConfBaseException)):
         return None
     text = "\n".join(str(e) for e in chain)
+    if "hydra/launcher" in text and "Could not load" in text:
+        remedy = "pip install -c constraints.txt '.[slurm]'"
+        return ConfigError("hydra/launcher", "a launcher that is not installed", "the extra for it", remedy)
     omega = next((e for e in chain if isinstance(e, OmegaConfBaseException)), None)
     key = str(getattr(omega, "full_key", None) or "")
     unknown = re.search(r"Key '([^']+)' (?:is )?not in|Could not override '([^']+)'", text)
@@ -873,11 +876,11 @@ def help_text(program: str, schema: type) -> str:
     return "\n".join([*lines, *_described(schema), *end])
 
 
-def verb(run: Callable[[Schema], None], schema: type[Schema], config_name: str) -> None:
+def verb(run: Callable[[Schema], bool | None], schema: type[Schema], config_name: str) -> None:
     """Run a program under Hydra: compose, turn into frozen objects, call, and end as users expect.
 
     Args:
-        run: Takes the composed configuration.
+        run: Takes the composed configuration; what it returns is False where a sweep is not to go on.
         schema: Its type, a frozen dataclass of this file.
         config_name: The root file in `conf/`.
 
@@ -903,9 +906,11 @@ def verb(run: Callable[[Schema], None], schema: type[Schema], config_name: str) 
                 choices, overrides = HydraConfig.get().runtime.choices, HydraConfig.get().overrides.task
                 folder = default_run_dir(choices.get("experiment"), list(overrides))
                 config = cast(Schema, dataclasses.replace(config, run_dir=folder))
-            run(config)
+            goes_on = run(config)
         except (Exception, KeyboardInterrupt) as error:
             _end(error, schema, scratch)
+        if goes_on is False:
+            raise SystemExit(0)
 
     with tempfile.TemporaryDirectory() as scratch:
         # Hydra wants to write a sweep's folder on every rank; ours are the run folders, so it gets a scratch one.

@@ -16,10 +16,11 @@ import re
 import shlex
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,7 +29,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
 from data.errors import DataError
-from magnum_train.errors import ConfigError, UserError
+from magnum_train.errors import ConfigError, RunError, UserError
 from magnum_train.watch import Watch
 
 Result = TypeVar("Result")
@@ -167,7 +168,36 @@ def _rendezvous() -> tuple[Store, "itertools.count[int]"]:
         return HashStore(), itertools.count()
     url = f"tcp://{me.meet}" if me.in_slurm_step else "env://"
     store, _, _ = next(iter(rendezvous(url, me.rank, me.world_size)))
-    return store, itertools.count()
+    return PrefixStore(_this_start(store, me.rank, me.world_size), store), itertools.count()
+
+
+def _this_start(store: Store, rank: int, world_size: int) -> str:
+    """A name that all ranks of this very start agree on, and that none before it had.
+
+    The store is torchrun's own and outlives the processes that torchrun starts anew: what they left there would be read
+    as the word of the living. Its count of restarts is no help, since a host that has come back counts from 0. So each
+    rank asks under its number, with a word of its own, and rank 0 answers every word until all ranks have confirmed.
+
+    Raises:
+        RunError: If a rank does not come within the store's own time limit.
+    """
+    mine, deadline = uuid.uuid4().hex, time.monotonic() + store.timeout.total_seconds()  # type: ignore[attr-defined]
+    if rank:
+        store.set(f"asks/{rank}", mine)
+        name: str = store.get(f"answer to {mine}").decode()
+        store.set(f"{name}/confirmed by {rank}", "")
+        return name
+    missing = set(range(1, world_size))
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"{mine}/confirmed by {other}"]):
+                missing.discard(other)
+            elif store.check([f"asks/{other}"]):
+                store.set(f"answer to {store.get(f'asks/{other}').decode()}", mine)
+        if missing and time.monotonic() > deadline:
+            raise RunError(f"rank {min(missing)}", "no sign of it", f"it within {store.timeout}")  # type: ignore[attr-defined]
+        time.sleep(0.02)
+    return mine
 
 
 class ElsewhereError(UserError):
@@ -202,6 +232,8 @@ class Ranks:
     """Gloo, for what ranks agree on beside the training; its limit is `timeout_seconds`."""
     saving: ProcessGroup
     """Gloo, for the thread that writes checkpoints alone; its limit is `save_timeout_seconds`."""
+    _told: set[str] = field(default_factory=set)
+    """Names that have been used."""
 
     @property
     def rank(self) -> int:
@@ -239,6 +271,8 @@ class Ranks:
             return self._once(name, task, per_host=per_host)
 
     def _once(self, name: str, task: Callable[[], str], *, per_host: bool) -> str:
+        assert name not in self._told, f"{name!r} has been asked already: another rank could read the old answer"
+        self._told.add(name)
         key = f"{name}/{self.launch.host if per_host else 0}"
         if (self.launch.local_rank if per_host else self.launch.rank) == 0:
             try:
@@ -286,6 +320,8 @@ class Ranks:
         Returns:
             For `settle`.
         """
+        assert name not in self._told, f"{name!r} has been told of already: another rank could read the old word"
+        self._told.add(name)
         try:
             result = task()
             word, attempt = "+" + mark(result), Attempt((result,))
@@ -327,6 +363,7 @@ class Ranks:
     def forget(self, name: str) -> None:
         """Clear away what this rank told of a task, once all ranks have settled it."""
         self.store.delete_key(f"{name}/rank {self.rank}")
+        self._told.discard(name)
 
     def agree(self, flags: Sequence[bool]) -> list[bool]:
         """Which of some flags are set on any rank; the same answer on all.
@@ -337,6 +374,12 @@ class Ranks:
         told = torch.tensor([*flags], dtype=torch.uint8)
         dist.all_reduce(told, dist.ReduceOp.MAX, group=self.control)
         return [flag == 1 for flag in told.tolist()]
+
+    def gather(self, word: Result) -> list[Result]:
+        """What each rank says, by rank; small objects, on the CPU."""
+        words: list[Any] = [None] * self.world_size
+        dist.all_gather_object(words, word, group=self.control)
+        return words
 
     def barrier(self) -> None:
         """Wait until all ranks are here."""

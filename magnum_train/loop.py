@@ -28,8 +28,8 @@ from magnum_train.batches import Batches
 from magnum_train.chat import Prompt, reply_text
 from magnum_train.checkpoint import TrainState
 from magnum_train.config import TrainConfig
-from magnum_train.distributed import ElsewhereError, Ranks
-from magnum_train.errors import RunError
+from magnum_train.distributed import Ranks
+from magnum_train.errors import CheckpointError, RunError
 from magnum_train.flight import FlightRecorder
 from magnum_train.optim import learning_rate
 from magnum_train.parallelize import measured_dtypes
@@ -40,6 +40,9 @@ from magnum_train.step import forward, losses_by_source, train_step
 from model import Transformer
 from model.flops import train_flops
 from model.generate import generate
+
+STEPPED_OVER = "stepped_over.json"
+"""Steps that are left out since they went wrong once; also of a roll-back after which nothing has been saved yet."""
 
 
 class Ending(Enum):
@@ -70,8 +73,15 @@ class Run:
     """What the checkpoints of some steps are called, so that pruning spares them."""
     started: float
     """When the program began, by `time.monotonic`."""
+    stop: Stop
     roll_backs: int = 0
-    """Of this start."""
+    """Since a checkpoint beyond the step that went wrong."""
+    gone_back: int = 0
+    """How often in all, in this start."""
+    last_wrong: int = 0
+    """The step that the last roll-back was for."""
+    told_to_stop: bool = False
+    """Whether a signal has reached any rank."""
 
     def __post_init__(self) -> None:
         self.skipped = metrics.Lines(self.run_dir / "skipped.jsonl")
@@ -84,11 +94,14 @@ class Run:
             metrics.cut_back(self.run_dir / "skipped.jsonl", self.state.step)
             metrics.cut_back(self.run_dir / "metrics.jsonl", self.state.step, self.state.owed)
         text, table = config.to_yaml(self.settings), config.flat(self.settings)
-        record = metrics.Metrics(self.run_dir, self.state.step, text, table, is_main=self.ranks.is_main)
+        record = metrics.Metrics(self.run_dir, text, table, is_main=self.ranks.is_main)
         try:
             yield record
-        finally:
-            record.close()
+        except BaseException:
+            with contextlib.suppress(RunError):  # what ended the run is what is to be told
+                record.close()
+            raise
+        record.close()
 
     def note(self, text: str, step: int | None = None) -> None:
         """Say something out of the ordinary, and write it down where no later start cuts it back."""
@@ -98,7 +111,7 @@ class Run:
             self.incidents.add({"time": time.time(), "step": step, "what": text})
 
 
-def loop(run: Run, record: metrics.Metrics, stop: Stop) -> Ending:
+def loop(run: Run, record: metrics.Metrics) -> Ending:
     """Step after step, until the last one is saved or something else ends it. All ranks end alike."""
     settings, total = run.settings, run.batches.total_steps
     peak = metrics.peak_flops(run.ranks.device, settings.metrics.peak_tflops)
@@ -108,22 +121,22 @@ def loop(run: Run, record: metrics.Metrics, stop: Stop) -> Ending:
     gc.disable()
     run.terminal.begin(first, total)
     try:
-        owed = run.state.owed
-        if "validation" in owed:
+        run.told_to_stop = run.ranks.agree([run.stop.requested is not None])[0]
+        if run.told_to_stop:  # while the run was being loaded
+            return Ending.STOPPED
+        if "validation" in run.state.owed:
             validate(run, record)
-        if "samples" in owed:
+        if "samples" in run.state.owed:
             sample(run, record)
-        if owed and first == total:
-            run.state = replace(run.state, owed=[])
-            save(run, record)  # or the run would never be complete
         for step in range(first + 1, total + 1):
             try:
                 with profiled(run, step):
                     row, to_go_back = one_step(run, step, peak)
             except Exception:  # of any kind; raised again below
                 # A stream that fails, such as a hub that went away, need not cost the steps since the last checkpoint.
-                if run.batches.failed and run.state.step > first:
-                    save(run, record)
+                if run.batches.failed:
+                    if run.state.step > run.saver.newest:
+                        save(run, record)
                     run.saver.wait()
                     run.terminal.say(f"step {run.state.step}: saved, since reading on failed")
                 raise
@@ -136,11 +149,7 @@ def loop(run: Run, record: metrics.Metrics, stop: Stop) -> Ending:
             if step == first + 1:
                 run.terminal.say(f"measured: {measured_dtypes(run.model, run.optimizer)}")
                 run.saver.reserve(run.model, run.optimizer)
-            if due(step, settings.guard.compare_replicas_every_steps, total):
-                run.ranks.watch.phase("comparing replicas", step)
-                replicas.compare(run.model, run.ranks, step)
-
-            stopping, minutes_are_up = agreed(run, stop, last_save, seconds)
+            stopping, minutes_are_up = agreed(run, last_save, seconds)
             validates = due(step, settings.validation.every_steps, total)
             samples = due(step, settings.samples.every_steps, total)
             if stopping:  # what would keep the save waiting is made up for by the next start
@@ -153,6 +162,10 @@ def loop(run: Run, record: metrics.Metrics, stop: Stop) -> Ending:
                     sample(run, record)
             names = run.names.get(step, ())
             regular = due(step, settings.checkpoint.every_steps, total) or minutes_are_up or stopping or step == total
+            compares = settings.guard.compare_replicas_every_steps
+            if due(step, compares, total) or (compares is not None and (regular or names)):  # nothing odd is saved
+                run.ranks.watch.phase("comparing replicas", step)
+                replicas.compare(run.model, run.ranks, step)
             if regular or names:
                 save(run, record, names, regular=regular)
                 last_save = time.monotonic()
@@ -169,12 +182,11 @@ def loop(run: Run, record: metrics.Metrics, stop: Stop) -> Ending:
         gc.enable()
 
 
-def agreed(run: Run, stop: Stop, last_save: float, step_seconds: float) -> tuple[bool, bool]:
+def agreed(run: Run, last_save: float, step_seconds: float) -> tuple[bool, bool]:
     """What all ranks do next, after hearing each other: a signal may have reached one of them alone.
 
     Args:
         run: The run.
-        stop: This rank's signals.
         last_save: When the last save of this start began, by `time.monotonic`; rank 0's counts.
         step_seconds: What a step takes, with what is between steps.
 
@@ -182,21 +194,22 @@ def agreed(run: Run, stop: Stop, last_save: float, step_seconds: float) -> tuple
         Whether to save and end now, and whether to save since `checkpoint.every_minutes` have passed.
 
     Raises:
-        RunError: A save has failed.
+        RunError: A save has failed, here or on another rank; the same on all.
     """
     every, limit = run.settings.checkpoint.every_minutes, run.settings.train.max_minutes
-    now, main = time.monotonic(), run.ranks.is_main
+    now, main, failure = time.monotonic(), run.ranks.is_main, run.saver.failure
     # One more step and its save must fit in before the limit.
     time_is_up = main and limit is not None and now + step_seconds + run.saver.seconds - run.started >= 60 * limit
     minutes_are_up = main and every is not None and now - last_save >= 60 * every
-    asked, time_is_up, minutes_are_up, failed = run.ranks.agree(
-        [stop.requested is not None, time_is_up, minutes_are_up, run.saver.failed]
+    run.told_to_stop, time_is_up, minutes_are_up, failed = run.ranks.agree(
+        [run.stop.requested is not None, time_is_up, minutes_are_up, failure is not None]
     )
     if failed:
-        run.ranks.watch.phase("waiting for the save", run.state.step, limited=False)
-        run.saver.wait()
-        raise ElsewhereError  # it failed on another rank alone, which says why
-    return asked or time_is_up, minutes_are_up
+        own = None if failure is None else (failure.place, failure.found, failure.expected, failure.remedy)
+        reasons = [reason for reason in run.ranks.gather(own) if reason is not None]
+        run.saver.abandon()  # where it goes on, it can only wait for the others
+        raise RunError(*reasons[0]) from failure
+    return run.told_to_stop or time_is_up, minutes_are_up
 
 
 def save(run: Run, record: metrics.Metrics, names: tuple[str, ...] = (), *, regular: bool = True) -> None:
@@ -209,9 +222,6 @@ def save(run: Run, record: metrics.Metrics, names: tuple[str, ...] = (), *, regu
         regular: Whether it is due for another reason than its name, so that it must be one to go on from.
     """
     step = run.state.step
-    if run.settings.guard.compare_replicas_every_steps is not None:
-        run.ranks.watch.phase("comparing replicas", step)
-        replicas.compare(run.model, run.ranks, step)
     run.ranks.watch.phase("copying for the save", step, limited=False)  # waits for the save before this one
     record.draw()
     settled = None
@@ -277,12 +287,11 @@ def one_step(run: Run, step: int, peak: float | None) -> tuple[dict[str, object]
     data = run.batches.step(step - 1)
     batches = [on_device(batch, ranks.device) for batch in data.micro_batches]
     data_seconds = time.perf_counter() - begin
-    ranks.watch.phase("train", step)
     lr = learning_rate(step, run.batches.total_steps, settings.optim)
     limits = guard.limits(run.state.recent, settings.guard, len(data.rows) / settings.packs_per_step)
     left_out = step in run.state.stepped_over
     result = train_step(
-        run.model, run.optimizer, batches,
+        run.model, run.optimizer, watched(run, step, batches),
         weight_sum=data.weight_sum, n_sources=len(run.prepared.sources), lr=lr,
         max_grad_norm=settings.train.max_grad_norm,
         limits=guard.NO_LIMITS if settings.guard.spike == "warn" else limits, refuse=left_out,
@@ -295,7 +304,6 @@ def one_step(run: Run, step: int, peak: float | None) -> tuple[dict[str, object]
         step=step,
         refused=state.refused + [step] * (not applied),
         recent=guard.remembered(state.recent, loss, grad_norm, settings.guard) if applied else state.recent,
-        validation_loss=None,
         owed=[],
     )
     flops = train_flops(settings.model.transformer(), data.lengths.tolist(), data.weighted_tokens)
@@ -325,7 +333,17 @@ def one_step(run: Run, step: int, peak: float | None) -> tuple[dict[str, object]
         run.note(f"{wrong}; the update was applied, as guard.spike={settings.guard.spike} asks")
     finite = math.isfinite(loss) and math.isfinite(grad_norm)
     action = settings.guard.spike if finite else settings.guard.nonfinite
-    return row, not applied and not left_out and action == "roll_back"
+    goes_back = not applied and not left_out and action == "roll_back"
+    if goes_back and not run.saver.newest:
+        run.note("there is no checkpoint to go back to yet: the update was refused, and the run goes on")
+    return row, goes_back and run.saver.newest > 0
+
+
+def watched(run: Run, step: int, batches: list[PackedBatch]) -> Iterator[PackedBatch]:
+    """A step's micro-batches; each that is begun is progress."""
+    for batch in batches:
+        run.ranks.watch.phase("train", step)
+        yield batch
 
 
 def on_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
@@ -375,7 +393,6 @@ def validate(run: Run, record: metrics.Metrics) -> None:
         sums += losses_by_source(forward(run.model, batch), batch, len(run.prepared.sources))
     distributed.all_reduce_sum(sums)
     loss = sums.sum().item() / data.weight_sum
-    run.state = replace(run.state, validation_loss=loss if math.isfinite(loss) else None)
     split = by_source(run, sums, data)
     record.write({"step": step, "validation_loss": loss, "validation_loss_by_source": split})
     named = ", ".join(f"{name} {value:.4f}" for name, value in split.items())
@@ -408,9 +425,11 @@ def go_back(run: Run) -> None:
     """Load the newest checkpoint that verifies, and mark the step that went wrong to be left out on the way.
 
     Raises:
-        RunError: The run has gone back too often.
+        RunError: The run has gone back too often without getting anywhere.
     """
     bad, limit = run.state.step, run.settings.guard.max_roll_backs
+    if run.saver.newest > run.last_wrong:
+        run.roll_backs = 0
     if run.roll_backs >= limit:
         raise RunError(
             "guard.max_roll_backs", f"step {bad} went wrong after {run.roll_backs} roll-backs", f"at most {limit}",
@@ -418,21 +437,38 @@ def go_back(run: Run) -> None:
         )  # fmt: skip
     run.ranks.watch.phase("going back", bad, limited=False)
     run.saver.wait()
-    occasion = f"roll back {run.roll_backs}"
-    found, passed = checkpoint.newest(run.run_dir, config.settings_digest(run.settings), run.ranks, occasion)
+    run.gone_back, run.roll_backs, run.last_wrong = run.gone_back + 1, run.roll_backs + 1, bad
+    digest = config.settings_digest(run.settings)
+    found, passed = checkpoint.newest(run.run_dir, digest, run.ranks, f"roll back {run.gone_back}")
     for text in passed:
         run.note(text)
     if found is None:
-        run.note("no checkpoint to go back to yet; the step is skipped")
-        return
-    run.roll_backs += 1
-    folder = checkpoint.path_of(run.run_dir, found.step)
+        raise CheckpointError(str(run.run_dir / "checkpoints"), "nothing", "the checkpoints that were saved there")
+    over = range(max(found.step, bad - run.settings.guard.step_over) + 1, bad + 1)
+    left_out = sorted({*run.state.stepped_over, *over})
+    if run.ranks.is_main:  # before anything else: whoever resumes from here leaves them out as well
+        write(run.run_dir / STEPPED_OVER, json.dumps(left_out))
+    run.note(f"going back to step {found.step}; left out on the way: {', '.join(map(str, over))}", bad)
+    restore(run, found, f"roll back {run.gone_back}")
+    run.state = replace(run.state, stepped_over=left_out)
+
+
+def restore(run: Run, found: TrainState, occasion: str) -> None:
+    """Load a checkpoint into a run, whose circumstances are today's.
+
+    Args:
+        run: The run; its state says what holds today.
+        found: The checkpoint's state.
+        occasion: Names this call among those of the run.
+    """
+    folder, now = checkpoint.path_of(run.run_dir, found.step), run.state
     checkpoint.load(folder, run.model, run.optimizer)
     run.ranks.together(f"restore batches, {occasion}", lambda: run.batches.restore(folder, found.step))
     checkpoint.restore_random_states(folder, found, run.settings.seed, run.ranks)
-    over = range(max(found.step, bad - run.settings.guard.step_over) + 1, bad + 1)
-    run.note(f"going back to step {found.step}; left out on the way: {', '.join(map(str, over))}", bad)
-    run.state = replace(found, stepped_over=sorted({*run.state.stepped_over, *over}), choices=run.state.choices)
+    run.saver.newest = found.step
+    run.state = replace(
+        found, choices=now.choices, total_steps=now.total_steps, saved_on=now.saved_on, settings=now.settings
+    )
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shutil
+import socket
 import sys
 import threading
 import time
@@ -112,6 +113,12 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def validation_losses(run_dir: Path) -> dict[int, float]:
+    """A run's validation losses by step."""
+    found = [row for _, row in whole_rows(run_dir / "metrics.jsonl") if row.get("validation_loss") is not None]
+    return {row["step"]: row["validation_loss"] for row in found}
+
+
 class Lines:
     """A file that takes lines whole or not at all. Those that a full disk does not take wait for the next one.
 
@@ -166,31 +173,27 @@ class Metrics:
 
     Args:
         run_dir: The run's folder.
-        step: Steps done before; later rows of an earlier start are dropped.
         config_text: The resolved configuration, shown as text.
         settings: Dotted key to value, for TensorBoard's table of runs.
         is_main: Whether this is rank 0.
     """
 
-    def __init__(self, run_dir: Path, step: int, config_text: str, settings: dict[str, Any], *, is_main: bool) -> None:
+    def __init__(self, run_dir: Path, config_text: str, settings: dict[str, Any], *, is_main: bool) -> None:
         self._lines: Lines | None = None
         self._path, self._tensorboard = run_dir / "metrics.jsonl", run_dir / "tensorboard"
         self._text, self._settings, self._curves = config_text, settings, False
         if not is_main:
             return
-        cut_back(self._path, step)
         self._lines = Lines(self._path)
         self._begin_curves()
 
     def _begin_curves(self) -> None:
         """Draw all curves from the record."""
-        from torch.utils.tensorboard import SummaryWriter  # 2.6 s; only rank 0 pays
-
         shutil.rmtree(self._tensorboard, ignore_errors=True)
-        self._writer = SummaryWriter(self._tensorboard)
+        self._events = _Events(self._tensorboard)
         self._curves = True
         self._table(self._settings)
-        self._writer.add_text("config", f"```yaml\n{self._text}\n```")
+        self._text_of("config", f"```yaml\n{self._text}\n```", None, None)
         for _, row in whole_rows(self._path):
             self._draw(row)
 
@@ -199,14 +202,20 @@ class Metrics:
 
         values = {key: v if isinstance(v, (bool, int, float)) else str(v) for key, v in settings.items()}
         for summary in hparams(values, {"train/loss": None, "validation/loss": None}):  # type: ignore[no-untyped-call]
-            self._writer._get_file_writer().add_summary(summary)  # type: ignore[no-untyped-call]
+            self._events.add(summary, None, None)
+
+    def _text_of(self, tag: str, words: str, step: int | None, when: float | None) -> None:
+        from torch.utils.tensorboard.summary import text
+
+        self._events.add(text(tag, words), step, when)  # type: ignore[no-untyped-call]
 
     def _draw(self, row: dict[str, Any]) -> None:
         """Put one row's numbers and texts on the curves, at the time that it bears."""
+        from torch.utils.tensorboard.summary import scalar
+
         step, when = row["step"], row["time"]
         if "reply" in row:
-            text = f"**{row['prompt']}**\n\n{row['reply']}"
-            self._writer.add_text(f"samples/{row['sample']}", text, step, when)
+            self._text_of(f"samples/{row['sample']}", f"**{row['prompt']}**\n\n{row['reply']}", step, when)
             return
         kind = "validation" if "validation_loss" in row else "checkpoint" if "save_seconds" in row else "train"
         for key, value in row.items():
@@ -214,7 +223,7 @@ class Metrics:
             parts = {f"{name}/{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
             for part, number in parts.items():
                 if part not in ("step", "time") and isinstance(number, (int, float)) and not isinstance(number, bool):
-                    self._writer.add_scalar(f"{kind}/{part}", number, step, when)
+                    self._events.add(scalar(f"{kind}/{part}", number), step, when)  # type: ignore[no-untyped-call]
 
     def write(self, row: dict[str, Any]) -> None:
         """Record one row with the time, in seconds since 1970; what is not finite becomes null, as JSON asks."""
@@ -227,21 +236,20 @@ class Metrics:
                 self._draw(row)
 
     def sync(self) -> None:
-        """Have every row on disk, before a checkpoint that follows them becomes visible.
+        """Have every row on disk, before a checkpoint that follows them becomes visible; by whichever thread.
 
         Raises:
             RunError: They cannot be written.
         """
-        if self._lines is not None:
-            self._lines.sync()
+        if (lines := self._lines) is not None:
+            lines.sync()
 
     def draw(self) -> None:
-        """Have every row on the curves; all of them anew, where that has failed since the last time."""
+        """Draw the curves anew, where that has failed since the last time."""
         if self._lines is not None:
             with self._curves_may_fail():
                 if not self._curves:
                     self._begin_curves()
-                self._writer.flush()
 
     @contextlib.contextmanager
     def _curves_may_fail(self) -> Iterator[None]:
@@ -254,11 +262,35 @@ class Metrics:
     def close(self) -> None:
         """End the record."""
         if self._lines is not None:
-            self.sync()
             self.draw()
+            self.sync()
             self._lines = None
-            with self._curves_may_fail():
-                self._writer.close()
+
+
+class _Events:
+    """A file of TensorBoard's. Its own writer has a thread, in which an error is a traceback and nobody's.
+
+    Args:
+        folder: Is made.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter  # 2.6 s with what it needs; rank 0 alone pays
+
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}.0"
+        self._event, self._file = Event, (folder / name).open("ab")
+        self._records = RecordWriter(self._file)
+        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+
+    def add(self, summary: Any, step: int | None, when: float | None) -> None:
+        """Append one summary, at a step and a time in seconds since 1970; now where there is none."""
+        self._write(self._event(summary=summary, step=step or 0, wall_time=time.time() if when is None else when))
+
+    def _write(self, event: Any) -> None:
+        self._records.write(event.SerializeToString())
+        self._file.flush()
 
 
 _PREPARING_SECONDS = 10

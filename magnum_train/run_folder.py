@@ -125,16 +125,27 @@ def tidy(folder: Path) -> list[str]:
     Raises:
         ConfigError: Something cannot be removed.
     """
-    checkpoints = folder / "checkpoints"
-    left = [*checkpoints.glob(".writing-*"), *checkpoints.glob(".removing-*"), *folder.glob("*.tmp")]
+    left = [*folder.glob("*.tmp")]
     try:
         for path in left:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            path.unlink()
+        left += clear_away(folder / "checkpoints")
         left += remove_abandoned(folder / "exports")
     except OSError as error:
         found = f"{error.filename}, of a start that was killed: {error.strerror}"
         raise ConfigError("run_dir", found, "a folder in which it can be removed") from error
     return sorted(path.relative_to(folder).as_posix() for path in left)
+
+
+def clear_away(checkpoints: Path) -> list[Path]:
+    """Remove what a process that died in saving or pruning has left; put back what it was about to replace."""
+    for replaced in checkpoints.glob(".replaced-*"):
+        final = replaced.with_name(replaced.name.removeprefix(".replaced-"))
+        replaced.rename(final if not final.exists() else final.with_name(f".removing-{final.name}"))
+    left = [*checkpoints.glob(".writing-*"), *checkpoints.glob(".removing-*")]
+    for path in left:
+        shutil.rmtree(path)
+    return left
 
 
 def read(file: Path) -> str:

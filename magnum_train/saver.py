@@ -30,20 +30,20 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_st
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from magnum_train import checkpoint
-from magnum_train.checkpoint import FORMAT, MANIFEST, PIN, STATE, TrainState, digest, path_of, pins, read_state, steps
+from magnum_train.checkpoint import FORMAT, MANIFEST, PIN, STATE, TrainState, digest, path_of, pins, steps
 from magnum_train.config import CheckpointConfig
 from magnum_train.distributed import Ranks
-from magnum_train.errors import CheckpointError, RunError
-from magnum_train.run_folder import FULL_BYTES, ROUNDED_BYTES, size_text
+from magnum_train.errors import RunError
+from magnum_train.metrics import validation_losses
+from magnum_train.run_folder import FULL_BYTES, ROUNDED_BYTES, clear_away, size_text
 from model.hf import sync_to_disk
 
 Result = TypeVar("Result")
 Digests = dict[str, tuple[int, str]]
 """Files of a checkpoint by name, with size and SHA-256."""
-ATTEMPTS = 3
-"""How often a save is tried before it is an error."""
-PAUSE_SECONDS = 5.0
-"""Between two attempts."""
+PAUSES = (5.0, 30.0, 120.0)
+"""Seconds before each further attempt, after the last of which a failure is an error. Training does not wait for them,
+and a disk that is being freed or a server that starts again takes its time."""
 
 
 @dataclass(frozen=True)
@@ -94,12 +94,22 @@ class Saver:
         config: How to save, and what stays; when is the caller's.
         ranks: This process among the others.
         expected_seconds: How long a save is expected to take.
+        say: Told on rank 0 of attempts that fail, by the thread that saves.
 
     Attributes:
+        newest: Step of the newest whole checkpoint that was begun here or gone on from; 0 where there is none. The
+            same on all ranks.
         seconds: How long the last complete save took, on this rank; before there was one, what was expected.
     """
 
-    def __init__(self, run_dir: Path, config: CheckpointConfig, ranks: Ranks, expected_seconds: float = 0.0) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        config: CheckpointConfig,
+        ranks: Ranks,
+        expected_seconds: float = 0.0,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self._run_dir, self._config, self._ranks = run_dir, config, ranks
         # Keeps its memory from save to save; torch 2.11's `DefaultStager`, which wraps it, drops it after each.
         self._stager = StateDictStager(pin_memory=ranks.device.type == "cuda", share_memory=False)
@@ -107,7 +117,7 @@ class Saver:
         self._deadline = 0.0
         self._outcome: Saved | BaseException | None = None
         self._finished: list[Saved] = []
-        self.seconds = expected_seconds
+        self.seconds, self.newest, self._say = expected_seconds, 0, say
 
     def reserve(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Have the memory for copies made while training goes on, which would stall the first save else.
@@ -116,12 +126,23 @@ class Saver:
             model: As for `begin`.
             optimizer: After its first step; before it there are no moments.
         """
-        if self._config.asynchronous:
-            shards = _state(model, optimizer)
-            # What this copies while weights change is worth nothing; the memory is kept.
-            self._thread = threading.Thread(target=self._copy, args=(shards,), name="reserve", daemon=True)
-            self._thread.start()
-            self._deadline = time.monotonic() + self._config.timeout_seconds
+        if not self._config.asynchronous:
+            return
+        shards = _state(model, optimizer)
+
+        def work() -> None:
+            try:
+                self._on_own_device()
+                self._copy(shards)  # while weights change; the values are worth nothing, the memory is kept
+            except BaseException as error:
+                self._outcome = RunError(
+                    "checkpoint.asynchronous", f"true, and {_reason(error)}", "room in the host's memory for the copy",
+                    "Set checkpoint.asynchronous=false, with which training waits for each save.",
+                )  # fmt: skip
+
+        self._deadline = time.monotonic() + self._config.timeout_seconds
+        self._thread = threading.Thread(target=work, name="reserve", daemon=True)
+        self._thread.start()
 
     def begin(
         self,
@@ -152,6 +173,7 @@ class Saver:
         begun = time.perf_counter()
         self.wait()
         self._deadline = time.monotonic() + self._config.timeout_seconds
+        self.newest = self.newest if alone else state.step
         if alone:
             weights = get_model_state_dict(model)
             shards = {"weights": {"model": {k: cast(torch.Tensor, v).to(torch.bfloat16) for k, v in weights.items()}}}
@@ -176,8 +198,8 @@ class Saver:
 
         def work() -> None:
             try:
-                remarks = self._write(task)
-                size = sum(size for size, _ in checkpoint.manifest(task.final).values())
+                self._on_own_device()
+                size, remarks = self._write(task)
                 seconds = time.perf_counter() - begun
                 self._outcome = Saved(
                     state.step, task.final, size, stall if self._config.asynchronous else seconds, seconds, remarks
@@ -192,6 +214,11 @@ class Saver:
             work()
             self.wait()
 
+    def _on_own_device(self) -> None:
+        """What a thread does on a GPU it does on the first one, unless told."""
+        if self._ranks.device.type == "cuda":
+            torch.cuda.set_device(self._ranks.device)
+
     def _copy(self, shards: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """Weights and moments in the host's memory; complete when this returns."""
         cuda = self._ranks.device.type == "cuda"
@@ -201,10 +228,22 @@ class Saver:
         return cast(dict[str, dict[str, Any]], copied)
 
     @property
-    def failed(self) -> bool:
-        """Whether what was begun has failed on this rank, or takes longer than it may; `wait` raises the reason."""
-        runs = self._thread is not None and self._thread.is_alive()
-        return isinstance(self._outcome, BaseException) or (runs and time.monotonic() > self._deadline)
+    def failure(self) -> RunError | None:
+        """Why what was begun has failed on this rank, or that it takes longer than it may; None while all is well."""
+        if isinstance(self._outcome, RunError):
+            return self._outcome
+        place = str(self._run_dir / "checkpoints")
+        if isinstance(self._outcome, BaseException):
+            error = RunError(place, f"{type(self._outcome).__name__}: {_reason(self._outcome)}", "to save there")
+            error.__cause__ = self._outcome
+            return error
+        if self._thread is not None and self._thread.is_alive() and time.monotonic() > self._deadline:
+            limit = self._config.timeout_seconds
+            return RunError(
+                place, f"a save that has not ended after {limit} s", "one that ends in checkpoint.timeout_seconds",
+                "Look at the file system, or allow it more time.",
+            )  # fmt: skip
+        return None
 
     def finished(self) -> list[Saved]:
         """What has become visible since the last call; does not wait."""
@@ -221,58 +260,60 @@ class Saver:
         """
         if self._thread is not None:
             self._thread.join(max(self._deadline - time.monotonic(), 0.0))
-            if self._thread.is_alive():
-                limit = self._config.timeout_seconds
-                raise RunError(
-                    str(self._run_dir / "checkpoints"), f"a save that has not ended after {limit} s",
-                    "one that ends in checkpoint.timeout_seconds", "Look at the file system, or allow it more time.",
-                )  # fmt: skip
-        outcome, self._outcome, self._thread = self._outcome, None, None
-        if isinstance(outcome, BaseException):
-            raise outcome
-        if outcome is not None:
+        failure, outcome = self.failure, self._outcome
+        self._outcome, self._thread = None, None
+        if failure is not None:
+            raise failure
+        if isinstance(outcome, Saved):
             self._finished.append(outcome)
             self.seconds = outcome.seconds
 
-    def _write(self, task: _Task) -> list[str]:
-        """Write a checkpoint, trying again where that fails; returns what is worth a remark."""
+    def abandon(self) -> None:
+        """Wait no more for what was begun: it has failed on another rank."""
+        self._thread, self._outcome = None, None
+
+    def _write(self, task: _Task) -> tuple[int, list[str]]:
+        """Write a checkpoint, trying again where that fails; its size, and what is worth a remark."""
         reasons: list[str] = []
-        while True:
+        for pause in (*PAUSES, None):
             try:
-                self._attempt(task)
+                size = self._attempt(task)
                 break
             except _FailedError as error:
                 reasons.append(_reason(error))
                 with contextlib.suppress(_FailedError):  # what cannot be removed now is removed by the next start
                     self._by_main(lambda: shutil.rmtree(task.aside, ignore_errors=True))
-                if len(reasons) == ATTEMPTS:
+                if pause is None:
                     raise RunError(
-                        str(task.final), f"{'; then '.join(dict.fromkeys(reasons))} ({ATTEMPTS} attempts)",
+                        str(task.final), f"{'; then '.join(dict.fromkeys(reasons))} ({len(reasons)} attempts)",
                         f"to write {size_text(task.need)} there",
                         "What was saved before stands: the same command goes on from it.",
                     ) from error  # fmt: skip
-            time.sleep(PAUSE_SECONDS)
+                self._say(f"{task.final.name}: attempt {len(reasons)} failed: {reasons[-1]}; again in {pause:g} s")
+            time.sleep(pause)
         remarks = [f"attempt {number} failed: {reason}" for number, reason in enumerate(reasons, 1)]
         if self._ranks.is_main:
             remarks += prune(self._run_dir, self._config)
         self._agree(lambda: None)  # no rank is done before the old ones are gone
-        return remarks
+        return size, remarks
 
-    def _attempt(self, task: _Task) -> None:
+    def _attempt(self, task: _Task) -> int:
         self._by_main(lambda: _open(task.aside, task.need))
         meant: Digests = {}
         for part, shards in task.shards.items():
             writer = FileSystemWriter(task.aside / part)
-            writer.fs = files = _DigestingFiles()
+            writer.fs = digesting = _DigestingFiles()
             try:
                 dcp_save(shards, storage_writer=writer, process_group=self._ranks.saving)
             except CheckpointException as error:
-                self._agree(files.raise_failure)
+                self._agree(digesting.raise_failure)
                 raise _FailedError(_reason(error)) from error
-            meant |= {f"{part}/{name}": entry for name, entry in files.digests.items()}
+            meant |= {f"{part}/{name}": entry for name, entry in digesting.digests.items()}
         written = self._agree(lambda: _finish(task.aside, meant, task.small))
         self._by_main(task.before)
-        self._by_main(lambda: _publish(task, {name: entry for files in written for name, entry in files.items()}))
+        files = {name: entry for part in written for name, entry in part.items()}
+        self._by_main(lambda: _publish(task, files))
+        return sum(size for size, _ in files.values())
 
     def _by_main(self, task: Callable[[], None]) -> None:
         """Run something on rank 0; where it failed, it failed on all."""
@@ -322,12 +363,6 @@ def _open(aside: Path, need: int) -> None:
         raise _FailedError(f"{size_text(free)} free, {size_text(need)} needed")
 
 
-def clear_away(checkpoints: Path) -> None:
-    """Remove what a process that died in a save or in pruning has left."""
-    for left in (*checkpoints.glob(".writing-*"), *checkpoints.glob(".removing-*")):
-        shutil.rmtree(left)
-
-
 def _finish(aside: Path, meant: Digests, small: dict[str, bytes]) -> Digests:
     """Write this rank's small files, and read back all that it wrote."""
     for name, data in small.items():
@@ -346,35 +381,35 @@ def _finish(aside: Path, meant: Digests, small: dict[str, bytes]) -> Digests:
 
 def _publish(task: _Task, files: Digests) -> None:
     """Write the manifest, see that all is there and on disk, and make it visible."""
-    aside, final, names = task.aside, task.final, task.names
+    aside, final = task.aside, task.final
+    names = dict.fromkeys((*task.names, *pins(final)))  # also those of one that is saved a second time
     (aside / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
     if names:
         (aside / PIN).write_text("\n".join(names) + "\n")
     there = {path.relative_to(aside).as_posix() for path in aside.rglob("*") if path.is_file()}
     if there - {MANIFEST, PIN} != files.keys():
-        raise _FailedError(f"{len(there ^ files.keys())} files are missing, or nobody knows them")
+        odd = ", ".join(sorted((there - {MANIFEST, PIN}) ^ files.keys())[:3])
+        raise _FailedError(f"rank 0 misses files, or finds some that nobody wrote: {odd}")
     for path in (aside / MANIFEST, *([aside / PIN] if names else []), *(p for p in aside.rglob("*") if p.is_dir())):
         sync_to_disk(path)
     sync_to_disk(aside)
-    if final.exists():  # saved once before, by a start that went back to an older one
-        shutil.rmtree(final.rename(final.with_name(f".removing-{final.name}")))
+    replaced = final.with_name(f".replaced-{final.name}")  # put back by the next start, if this one is killed here
+    if final.exists():
+        final.rename(replaced)
     aside.rename(final)
     sync_to_disk(final.parent)
+    if replaced.exists():
+        shutil.rmtree(replaced)
 
 
 def spared(run_dir: Path, config: CheckpointConfig) -> set[int]:
     """The steps of a run's checkpoints that pruning leaves: the newest, the best, the round ones, those with a name."""
     there = steps(run_dir)
     kept = set(there[-config.keep_last :] if config.keep_last else there)
-    losses: list[tuple[float, int]] = []
-    for step in there:
-        folder = path_of(run_dir, step)
-        with contextlib.suppress(CheckpointError):  # damaged by others; it has no loss to be kept for
-            loss = read_state(folder).validation_loss
-            losses += [] if loss is None else [(loss, step)]
-        if (config.keep_every_steps and step % config.keep_every_steps == 0) or pins(folder):
-            kept.add(step)
-    return kept | {step for _, step in sorted(losses)[: config.keep_best]}
+    every = config.keep_every_steps
+    kept |= {step for step in there if (every and step % every == 0) or pins(path_of(run_dir, step))}
+    losses = sorted((loss, step) for step, loss in validation_losses(run_dir).items() if step in there)
+    return kept | {step for _, step in losses[: config.keep_best]}
 
 
 def prune(run_dir: Path, config: CheckpointConfig) -> list[str]:
@@ -384,7 +419,11 @@ def prune(run_dir: Path, config: CheckpointConfig) -> list[str]:
         What could not be removed, and why. It is tried again after the next save.
     """
     remarks = []
-    for step in sorted(set(steps(run_dir)) - spared(run_dir, config)):
+    try:
+        superfluous = sorted(set(steps(run_dir)) - spared(run_dir, config))
+    except OSError as error:
+        return [f"nothing could be pruned: {_reason(error)}"]
+    for step in superfluous:
         folder = path_of(run_dir, step)
         try:
             with (folder / MANIFEST).open("r+b") as lock:

@@ -3,6 +3,7 @@
 Knows neither ranks nor training: the loop looks at `Stop.requested` between steps and agrees on it with the others.
 """
 
+import contextlib
 import os
 import signal
 import threading
@@ -12,13 +13,14 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 _AT_ONCE = (signal.SIGTERM, signal.SIGINT)
-"""The second of these ends the process. SIGUSR1 gives notice of a SIGTERM to come, and never does."""
+"""The second of these ends the process. SIGUSR1 gives notice of a SIGTERM to come, and SIGHUP says that a terminal is
+gone; they never do."""
 _TWICE_SECONDS = 1.0
 """Launchers send a signal twice: torchrun passes on what the terminal or Slurm has sent to its workers as well."""
 
 
 class Stop:
-    """Notes SIGTERM, SIGINT and SIGUSR1 while it is entered; in the main thread alone, as Python demands.
+    """Notes SIGTERM, SIGINT, SIGHUP and SIGUSR1 while it is entered; in the main thread alone, as Python demands.
 
     A handler of Python's runs only when the main thread comes back to the interpreter, which one inside a collective
     may never do. So the signal's number goes through a pipe to a thread, which acts at once.
@@ -46,7 +48,9 @@ class Stop:
         self._thread.start()
         self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         self._handlers: dict[signal.Signals, Any] = {
-            number: signal.signal(number, _noted) for number in (*_AT_ONCE, signal.SIGUSR1)
+            number: signal.signal(number, _noted)
+            for number in (*_AT_ONCE, signal.SIGHUP, signal.SIGUSR1)
+            if signal.getsignal(number) is not signal.SIG_IGN  # nohup's wish
         }
         return self
 
@@ -64,7 +68,7 @@ class Stop:
     def _listen(self) -> None:
         first: float | None = None
         while (number := os.read(self._read, 1)[0]) != 0:
-            if number not in (*_AT_ONCE, signal.SIGUSR1):
+            if number not in self._handlers:
                 continue  # of another handler in this process
             name = signal.Signals(number).name
             if number in _AT_ONCE and first is not None and time.monotonic() - first > _TWICE_SECONDS:
@@ -74,7 +78,8 @@ class Stop:
             if self.requested is None:
                 self.requested = name
                 ends = "; once more ends at once" if number in _AT_ONCE else ""
-                self._say(f"{name}: finishing the step, then saving{ends}")
+                with contextlib.suppress(OSError, ValueError):  # nobody listens any more; a second one must be heard
+                    self._say(f"{name}: finishing the step, then saving{ends}")
 
 
 def _noted(number: int, frame: FrameType | None) -> None:

@@ -5,7 +5,7 @@ all micro-batches, divided by the sum of the weights. How tokens, conversations 
 other is decided when the batch is made (`data/loader.py`); here there is one formula.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -91,7 +91,7 @@ def losses_by_row(loss: Loss, batch: PackedBatch) -> Tensor:
 def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    batches: Sequence[PackedBatch],
+    batches: Iterable[PackedBatch],
     *,
     weight_sum: float,
     n_sources: int,
@@ -119,7 +119,7 @@ def train_step(
     Returns:
         Loss, norm and whether the update was applied.
     """
-    device = batches[0].tokens.device
+    device = next(model.parameters()).device
     by_source = torch.zeros(n_sources, dtype=torch.float64, device=device)
     total = torch.zeros((), dtype=torch.float64, device=device)
     row_losses = []

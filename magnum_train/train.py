@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,10 +26,10 @@ from magnum_train.config import ModelConfig, TrainConfig
 from magnum_train.distributed import HostError, Ranks
 from magnum_train.embeddings import mend, summary
 from magnum_train.environment import environment
-from magnum_train.errors import CheckpointError, ConfigError
+from magnum_train.errors import CheckpointError, ConfigError, UserError
 from magnum_train.export import export_newest
 from magnum_train.flight import FlightRecorder
-from magnum_train.loop import Ending, Run, go_back, loop
+from magnum_train.loop import STEPPED_OVER, Ending, Run, go_back, loop, restore
 from magnum_train.optim import build_optimizer, learning_rate
 from magnum_train.parallelize import build, name_of
 from magnum_train.prepare import prepare_data
@@ -44,8 +45,12 @@ GRACE_SECONDS = 30
 """Between torchrun's own signal to its workers and its SIGKILL."""
 
 
-def train(settings: TrainConfig) -> None:
-    """Train as configured, or go on where an earlier start of the same run stopped."""
+def train(settings: TrainConfig) -> bool:
+    """Train as configured, or go on where an earlier start of the same run stopped.
+
+    Returns:
+        Whether a sweep may go on with its next run; not where a signal has asked for the end.
+    """
     started, run_dir = time.monotonic(), Path(str(settings.run_dir))
     with (
         distributed.start(
@@ -62,9 +67,7 @@ def train(settings: TrainConfig) -> None:
         if remark := ranks.once("folder", lambda: claimed(run_dir, until_the_end)):
             terminal.say(remark)
         ranks.watch.folder = run_dir
-        recorded, passed = None, list[str]()
-        start = None
-        asked = settings
+        asked, recorded, start, passed = settings, None, None, list[str]()
         if ranks.once("checkpoints", lambda: "some" if checkpoint.steps(run_dir) else ""):
             settings = replace(settings, model=network(settings, None, resumed=True))
             ranks.once("settings", lambda: check_settings(settings))
@@ -83,27 +86,37 @@ def train(settings: TrainConfig) -> None:
             raise HostError(folder, f"prepared data {prepared.key}", f"{first}, as on rank 0's host")
         if start is not None:  # its vocabulary may have to grow
             settings = replace(settings, model=network(asked, start, prepared.tokenizer))
-        run = assemble(settings, prepared, recorded, ranks, terminal, start, passed=passed, started=started)
+        stop = until_the_end.enter_context(Stop(terminal.say))
+        run = assemble(
+            settings, prepared, recorded, ranks, terminal, start, passed=passed, started=started, stop=stop
+        )  # fmt: skip
         if run is not None and not until_it_ends(run):
             terminal.say(f"stopped after step {run.state.step} of {run.batches.total_steps}; resume with:")
             terminal.say(f"  {ranks.launch.command}")
-            return
+            return not run.told_to_stop
         if settings.train.export_at_end:
             ranks.watch.phase("export", limited=False)
             ranks.once("export", lambda: export_newest(run_dir, terminal.say))
         if run is not None:
             terminal.say(f"done: {run.run_dir}")
+        return not ranks.agree([stop.requested is not None])[0]
 
 
 def until_it_ends(run: Run) -> bool:
     """Train until the run is complete or is asked to stop, going back as often as it may; whether it is complete."""
-    with contextlib.closing(run.batches), Stop(run.terminal.say) as stop:
+    with contextlib.closing(run.batches):
         ending = Ending.ROLL_BACK
-        while ending is Ending.ROLL_BACK:
-            with run.recording() as record:
-                ending = loop(run, record, stop)
-            if ending is Ending.ROLL_BACK:
-                go_back(run)
+        try:
+            while ending is Ending.ROLL_BACK:
+                with run.recording() as record:
+                    ending = loop(run, record)
+                if ending is Ending.ROLL_BACK:
+                    go_back(run)
+        except UserError:  # which all ranks met: what is being saved can still become visible
+            run.ranks.watch.phase("waiting for the save", limited=False)
+            with contextlib.suppress(UserError):  # what ended the run is what is to be told
+                run.saver.wait()
+            raise
     run.recorder.close(normal=True)
     return ending is Ending.COMPLETE
 
@@ -170,6 +183,7 @@ def assemble(
     *,
     passed: Sequence[str] = (),
     started: float | None = None,
+    stop: Stop | None = None,
 ) -> Run | None:
     """Check what can be checked before the first step, build the parts, load the newest checkpoint.
 
@@ -182,6 +196,7 @@ def assemble(
         start: Weights that a new run begins from; None draws them.
         passed: What is to be said of newer checkpoints that do not verify.
         started: When the program began, by `time.monotonic`; None means now.
+        stop: Asked between steps; None never stops.
 
     Returns:
         The run, ready for its next step; None where it is complete, which the terminal has been told.
@@ -205,6 +220,9 @@ def assemble(
             str(run_dir), f"a run on prepared data {recorded.data_key}", f"prepared data {prepared.key}",
             "The contents of the conversations or of the tokenizer changed: choose another run_dir.",
         )  # fmt: skip
+    if recorded is not None:
+        owed = partial(still_owed, run_dir, recorded, len(prompts))
+        recorded = replace(recorded, owed=json.loads(ranks.once("owed", lambda: json.dumps(owed()))))
     if recorded is not None and recorded.step >= batches.total_steps and not recorded.owed:
         terminal.say(f"{run_dir} is complete: {recorded.step} of {batches.total_steps} steps")
         return None
@@ -241,17 +259,17 @@ def assemble(
         refused=[],
         data_key=prepared.key,
         settings=config.settings_digest(settings),
-        choices={"attention": attention},
+        choices=recorded.choices if recorded else {"attention": attention},
         total_steps=batches.total_steps,
-        saved_on=circumstances(settings, ranks),
+        saved_on=circumstances(settings, attention, ranks),
     )
     if left := ranks.once("flight", lambda: str(flight.set_aside(run_dir / "flight") or "")):
         terminal.say(f"the start before this one did not end as it should; its last steps are in {left}")
     recorder = FlightRecorder(run_dir / "flight", ranks.rank, prepared.sources)
     run = Run(
         settings, ranks, terminal, run_dir, prepared, batches, model, optimizer, prompts, now,
-        Saver(run_dir, settings.checkpoint, ranks, save_seconds), recorder, names,
-        time.monotonic() if started is None else started,
+        Saver(run_dir, settings.checkpoint, ranks, save_seconds, terminal.say), recorder, names,
+        time.monotonic() if started is None else started, stop or Stop(terminal.say),
     )  # fmt: skip
     if recorded is None:
         checkpoint.seed_random(settings.seed, 0, ranks.rank)
@@ -262,14 +280,11 @@ def assemble(
 
 def resume(run: Run, recorded: TrainState, passed: Sequence[str]) -> None:
     """Load the checkpoint that a run goes on from, and say what is not as it was when it was saved."""
-    folder, settings, ranks, now = checkpoint.path_of(run.run_dir, recorded.step), run.settings, run.ranks, run.state
-    ranks.watch.phase("loading", recorded.step, limited=False)
-    checkpoint.load(folder, run.model, run.optimizer)
-    ranks.together("restore batches", lambda: run.batches.restore(folder, recorded.step))
-    checkpoint.restore_random_states(folder, recorded, settings.seed, ranks)
-    run.state = replace(
-        recorded, choices=now.choices, total_steps=now.total_steps, saved_on=now.saved_on, settings=now.settings
-    )
+    settings, now = run.settings, run.state
+    run.ranks.watch.phase("loading", recorded.step, limited=False)
+    restore(run, recorded, "at start")
+    left_out = json.loads(run.ranks.once("stepped over", lambda: read(run.run_dir / STEPPED_OVER) or "[]"))
+    run.state = replace(run.state, stepped_over=sorted({*recorded.stepped_over, *left_out}))
     for text in passed:
         run.note(text)
     run.terminal.say(f"resuming {run.run_dir} after step {recorded.step}")
@@ -288,7 +303,17 @@ def resume(run: Run, recorded: TrainState, passed: Sequence[str]) -> None:
         )
 
 
-def circumstances(settings: TrainConfig, ranks: Ranks) -> dict[str, str]:
+def still_owed(run_dir: Path, recorded: TrainState, prompts: int) -> list[str]:
+    """What was left out when somebody asked to stop, and has not been made up for by a later start. Rank 0 alone."""
+    rows = [row for _, row in metrics.whole_rows(run_dir / "metrics.jsonl") if row["step"] == recorded.step]
+    made = {
+        "validation": any("validation_loss" in row for row in rows),
+        "samples": sum("reply" in row for row in rows) >= prompts,
+    }
+    return [what for what in recorded.owed if not made[what]]
+
+
+def circumstances(settings: TrainConfig, attention: str, ranks: Ranks) -> dict[str, str]:
     """What decides the last bits of a step beside the settings that may not change."""
     device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu"
     shards = ranks.world_size // settings.parallel.replicate
@@ -297,7 +322,8 @@ def circumstances(settings: TrainConfig, ranks: Ranks) -> dict[str, str]:
         "mesh": f"{settings.parallel.replicate} x {shards}",
         "device": device,
         "torch": torch.__version__,
-    }
+        "attention": attention,
+    } | ({"threads": str(torch.get_num_threads())} if ranks.device.type == "cpu" else {})  # they sum in another order
 
 
 def checkpoint_names(settings: TrainConfig, total_steps: int, epoch_ends: list[int]) -> dict[int, tuple[str, ...]]:
@@ -325,7 +351,7 @@ def expected_save_seconds(run_dir: Path, parameters: int, ranks: Ranks, terminal
     size = run_folder.FULL_BYTES * parameters
     speed = run_folder.write_speed(run_dir, size, ranks)
     seconds = size / speed
-    if seconds > GRACE_SECONDS:
+    if seconds > GRACE_SECONDS and ranks.world_size > 1:
         terminal.say(
             f"a save is going to take some {seconds:,.0f} s (all ranks together write "
             f"{run_folder.size_text(int(speed))}/s): when torchrun is told to stop, it kills its workers after "
@@ -407,7 +433,8 @@ def claimed(folder: Path, until_the_end: contextlib.ExitStack) -> str:
     """
     if folder.exists() and not folder.is_dir():
         raise ConfigError("run_dir", f"{folder}, which is a file", "a folder")
-    others = [path for path in folder.iterdir() if path.name != run_folder.LOCK] if folder.exists() else []
+    there = list(folder.iterdir()) if folder.exists() else []
+    others = [path for path in there if path.name != run_folder.LOCK and path.suffix != ".tmp"]  # of a killed start
     if others and not (folder / "config.yaml").exists():
         raise ConfigError(
             "run_dir", f"{folder}, which holds other files and no config.yaml", "a run's folder, an empty or a new one"
@@ -458,11 +485,12 @@ def open_run_dir(
     try:
         write(folder / "config.yaml", config.to_yaml(settings))
         if not checkpoint.steps(folder):
-            (folder / ORIGIN).unlink(missing_ok=True)  # of an earlier start that came to nothing
+            for name in (ORIGIN, STEPPED_OVER):
+                (folder / name).unlink(missing_ok=True)  # of an earlier start that came to nothing
+            prepared.tokenizer.save(folder / "tokenizer.json")  # later its readers must never find half of it
         starts = json.loads(read(folder / "environment.json") or "[]")
         starts.append(environment(ranks.world_size, ranks.device))
         write(folder / "environment.json", json.dumps(starts, indent=1))
-        prepared.tokenizer.save(folder / "tokenizer.json")
     except OSError as error:
         raise ConfigError("run_dir", f"{folder}: {error.strerror}", "a folder that can be written") from error
     return room.text

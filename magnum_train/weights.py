@@ -27,7 +27,7 @@ from data.tokenizer import named_chatml
 from magnum_train import checkpoint
 from magnum_train.config import ModelConfig, TokenizerConfig, TokenizerFileConfig, TrainConfig, from_yaml
 from magnum_train.errors import CheckpointError, ConfigError
-from magnum_train.metrics import whole_rows
+from magnum_train.metrics import validation_losses
 from model import Transformer, TransformerConfig
 from model.config import parameter_shapes
 from model.hf import HFFolder, check_same_network, load_hf
@@ -240,8 +240,7 @@ def _choose(run_dir: Path, asked: str | None, key: str) -> tuple[_Saved, str]:
     fitting, found = there, f"no checkpoint {run_dir}{'' if asked is None else '@' + asked}"
     by_name = asked is not None and asked != "best" and not asked.isdecimal()
     if asked == "best":
-        rows = [row for _, row in whole_rows(run_dir / "metrics.jsonl")]
-        losses = {row["step"]: row["validation_loss"] for row in rows if row.get("validation_loss") is not None}
+        losses = validation_losses(run_dir)
         measured = [one for one in there if one.step in losses]
         fitting = sorted(measured, key=lambda one: (-losses[one.step], -one.step, one.complete))
         found = f"no validation loss for a checkpoint of {run_dir}"

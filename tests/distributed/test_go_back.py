@@ -1,5 +1,6 @@
 """Numbers that go wrong: an update is left out, or the run goes back and steps over it; the record says so."""
 
+import contextlib
 import json
 import math
 import os
@@ -14,7 +15,7 @@ from magnum_train.config import compose
 from magnum_train.errors import RunError
 from model import Loss
 from ranks import run_ranks
-from tiny_runs import metrics, overrides, run_until, series
+from tiny_runs import Killed, metrics, overrides, run_until, series
 
 
 def wrong_once(line: list[str], at: tuple[int, ...], factor: float, always: bool) -> str:
@@ -82,11 +83,63 @@ def test_a_run_that_keeps_going_wrong_stops(tmp_path: Path) -> None:
         assert "guard.max_roll_backs: found step 6 went wrong after 2 roll-backs; expected at most 2" in said
 
 
-def test_without_a_checkpoint_a_step_that_went_wrong_is_skipped(tmp_path: Path) -> None:
-    line = overrides(tmp_path, "train.max_steps=4", "guard.nonfinite=roll_back")
-    assert run_ranks(wrong_once, 2, line, (2,), math.nan, False) == ["", ""]
-    assert [row["applied"] for row in metrics(tmp_path / "run")] == [True, False, True, True]
-    assert any("no checkpoint to go back to" in text for text in incidents(tmp_path / "run"))
+def test_without_a_checkpoint_a_step_that_went_wrong_is_skipped_and_the_run_saved(tmp_path: Path) -> None:
+    """In the second step and in the last, before which nothing was saved."""
+    line = overrides(tmp_path, "train.max_steps=4", "guard.nonfinite=roll_back", "validation.every_steps=4")
+    assert run_ranks(wrong_once, 2, line, (2, 4), math.nan, False) == ["", ""]
+    assert [row["applied"] for row in metrics(tmp_path / "run")] == [True, False, True, False]
+    assert any("no checkpoint to go back to yet" in text for text in incidents(tmp_path / "run"))
+    assert checkpoint.steps(tmp_path / "run") == [4]
+    line = [
+        *line,
+        "train.max_steps=20",
+        "train.max_skipped_steps=2",
+        "checkpoint.every_steps=50",
+        f"run_dir={tmp_path}/b",
+    ]
+    for said in run_ranks(wrong_once, 2, line, tuple(range(5, 20)), math.nan, True):
+        assert "found 3 refused updates" in said
+
+
+def test_a_run_that_could_not_go_back_at_first_goes_back_later(tmp_path: Path) -> None:
+    line = overrides(tmp_path, "train.max_steps=8", "checkpoint.every_steps=5", "guard.nonfinite=roll_back")
+    assert run_ranks(wrong_once, 2, line, (2, 7), math.nan, False) == ["", ""]
+    assert [row["step"] for row in metrics(tmp_path / "run") if not row["applied"]] == [2, 7]
+    assert any("going back to step 5" in text for text in incidents(tmp_path / "run"))
+
+
+def test_a_roll_back_that_was_killed_leaves_the_step_out_all_the_same(tmp_path: Path) -> None:
+    more = ("train.max_steps=8", "checkpoint.every_steps=3", "guard.nonfinite=roll_back")
+    line = overrides(tmp_path, *more)
+    run_ranks(wrong_once, 2, [*line, f"run_dir={tmp_path}/whole"], (5,), math.nan, False)
+    run_ranks(killed_after_going_back, 2, line, (5,))
+    assert checkpoint.steps(tmp_path / "run") == [3]
+    run_ranks(run_until, 2, line, None)
+    assert series(tmp_path / "run") == series(tmp_path / "whole")
+    states = [checkpoint.read_state(checkpoint.path_of(tmp_path / name, 8)) for name in ("run", "whole")]
+    assert states[0] == states[1]
+    assert states[0].stepped_over == [5]
+
+
+def killed_after_going_back(line: list[str], at: tuple[int, ...]) -> None:
+    real = train.go_back
+
+    def go_back(run: Any) -> None:
+        real(run)
+        raise Killed
+
+    train.go_back = go_back
+    with contextlib.suppress(Killed):
+        wrong_once(line, at, math.nan, False)
+
+
+def test_what_is_saved_after_a_roll_back_bears_the_circumstances_of_today(tmp_path: Path) -> None:
+    line = overrides(tmp_path, "train.max_steps=3", "checkpoint.every_steps=3", "guard.nonfinite=roll_back")
+    run_ranks(run_until, 1, line, None)
+    line = [*line, "train.max_steps=8", "checkpoint.every_steps=8"]
+    run_ranks(wrong_once, 2, line, (5,), math.nan, False)
+    state = checkpoint.read_state(checkpoint.path_of(tmp_path / "run", 8))
+    assert (state.saved_on["ranks"], state.total_steps, state.stepped_over) == ("2", 8, [5])
 
 
 @pytest.mark.parametrize(("spike", "applied"), [("warn", True), ("skip", False), ("roll_back", False)])

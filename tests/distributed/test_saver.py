@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import os
 import shutil
 import threading
 import time
@@ -14,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from magnum_train import checkpoint, distributed, saver
+from magnum_train import checkpoint, distributed, run_folder, saver
 from magnum_train.checkpoint import TrainState, path_of
 from magnum_train.config import CheckpointConfig, OptimConfig
-from magnum_train.distributed import Ranks
+from magnum_train.distributed import ElsewhereError, HostError, Ranks
 from magnum_train.errors import CheckpointError, RunError
 from magnum_train.optim import build_optimizer
 from magnum_train.parallelize import build
@@ -98,10 +99,9 @@ def save_many(run_dir: Path, config: CheckpointConfig, plan: list[tuple[int, dic
 def test_pruning_spares_the_newest_the_best_the_round_and_those_with_a_name(tmp_path: Path) -> None:
     config = CheckpointConfig(keep_last=2, keep_best=1, keep_every_steps=4)
     losses = {1: 3.0, 2: 1.5, 3: 1.0, 4: 2.0, 5: 2.5, 6: None, 7: None, 8: 4.0, 9: None, 10: 1.2}
-    plan = [
-        (step, {"validation_loss": loss}, {"names": ("half", "epoch-1") if step == 5 else ()})
-        for step, loss in losses.items()
-    ]
+    rows = [{"step": step, "validation_loss": loss} for step, loss in losses.items()]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plan = [(step, {}, {"names": ("half", "epoch-1") if step == 5 else ()}) for step in losses]
     run_ranks(save_many, 1, tmp_path, config, [*plan, (10, {}, {"names": ("small",), "alone": True})])
     assert checkpoint.steps(tmp_path) == [3, 4, 5, 8, 9, 10]
     assert checkpoint.weights_only(tmp_path) == [10]
@@ -164,7 +164,7 @@ class Full:
 
 def failing(run_dir: Path, fails: int, rank: int, place: str) -> tuple[list[str], str]:
     """Save while a rank cannot write at its first attempts; what was remarked, or the error."""
-    saver.PAUSE_SECONDS = 0.05
+    saver.PAUSES = (0.05, 0.05)
     with started() as (ranks, model, optimizer):
         tried = []
         if ranks.rank == rank and place == "shard":
@@ -184,11 +184,11 @@ def failing(run_dir: Path, fails: int, rank: int, place: str) -> tuple[list[str]
 
             saver.digest = digest
         if place == "room":
-            free = iter([0] * fails)
-            real_usage = shutil.disk_usage
-            saver.shutil = SimpleNamespace(  # type: ignore[assignment]
+            free, real_usage = iter([0] * fails), shutil.disk_usage
+            room = SimpleNamespace(
                 rmtree=shutil.rmtree, disk_usage=lambda p: SimpleNamespace(free=next(free, real_usage(p).free))
             )
+            saver.shutil = room  # type: ignore[assignment]
         saves = Saver(run_dir, CheckpointConfig(), ranks)
         saves.begin(model, optimizer, state(1))
         try:
@@ -219,15 +219,15 @@ def test_a_save_that_fails_is_tried_again_and_then_is_an_error_everywhere(
 def too_slow(run_dir: Path) -> str:
     with started() as (ranks, model, optimizer):
         saves = Saver(run_dir, CheckpointConfig(timeout_seconds=1), ranks)
-        real = saver._publish
-        saver._publish = lambda *arguments: (time.sleep(2.5), real(*arguments))  # type: ignore[assignment]
+        real, goes_on = saver._publish, threading.Event()
+        saver._publish = lambda *arguments: (goes_on.wait(60), real(*arguments))[1]  # type: ignore[func-returns-value]
         saves.begin(model, optimizer, state(1))
-        assert not saves.failed
-        time.sleep(1.2)
-        assert saves.failed
+        thread = saves._thread
+        assert thread is not None
         with pytest.raises(RunError) as caught:
             saves.wait()
-        time.sleep(1.8)
+        goes_on.set()
+        thread.join(60)
         return str(caught.value)
 
 
@@ -237,11 +237,73 @@ def test_a_save_that_does_not_end_is_an_error(tmp_path: Path) -> None:
         assert "checkpoint.timeout_seconds" in said
 
 
+def published_until(run_dir: Path, line: int) -> list[int]:
+    """Save step 5 a second time, and stop before the n-th renaming or removing; what a next start finds."""
+    with started() as (ranks, model, optimizer):
+        saves = Saver(run_dir, CheckpointConfig(), ranks)
+        saves.begin(model, optimizer, state(5), names=("kept",))
+        saves.wait()
+        left = [line]
+
+        def counted(real: Any) -> Any:
+            def call(*arguments: Any, **more: Any) -> Any:
+                left[0] -= 1
+                if left[0] == 0:
+                    raise Stopped
+                return real(*arguments, **more)
+
+            return call
+
+        real_rename = Path.rename
+        Path.rename = counted(Path.rename)  # type: ignore[method-assign]
+        saver.shutil = SimpleNamespace(disk_usage=shutil.disk_usage, rmtree=counted(shutil.rmtree))  # type: ignore[assignment]
+        saves.begin(model, optimizer, state(5))
+        with contextlib.suppress(RunError):
+            saves.wait()
+        Path.rename = real_rename  # type: ignore[method-assign]
+        run_folder.clear_away(run_dir / "checkpoints")
+        return checkpoint.steps(run_dir)
+
+
+class Stopped(BaseException):
+    """As a SIGKILL: nothing handles it."""
+
+
+@pytest.mark.parametrize("line", range(2, 6))
+def test_a_step_that_is_saved_again_is_there_at_every_moment(line: int, tmp_path: Path) -> None:
+    assert run_ranks(published_until, 1, tmp_path, line) == [[5]]
+    assert checkpoint.check(path_of(tmp_path, 5)) is None
+    assert checkpoint.named(tmp_path) == {"kept": path_of(tmp_path, 5)}
+    assert [entry.name for entry in (tmp_path / "checkpoints").iterdir()] == ["step-00000005"]
+
+
+def unreadable(run_dir: Path, times: int) -> tuple[int, list[str]] | str:
+    """Find the newest, where a file of rank 1's share cannot be read at first."""
+    real, left = checkpoint.digest, [times if os.environ["RANK"] == "1" else 0]
+
+    def digest(file: Path) -> tuple[int, str]:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise OSError(116, "Stale file handle")
+        return real(file)
+
+    checkpoint.digest = digest
+    return find_newest(run_dir, "s")
+
+
+def test_a_file_that_cannot_be_read_just_now_is_no_damage(tmp_path: Path) -> None:
+    run_ranks(save_many, 1, tmp_path, CheckpointConfig(), [(1, {}, {}), (2, {}, {})])
+    assert run_ranks(unreadable, 2, tmp_path, 1) == [(2, []), (2, [])]
+    said = run_ranks(unreadable, 2, tmp_path, 99)
+    assert any("Stale file handle; expected files to verify" in text for text in said)
+    assert checkpoint.steps(tmp_path) == [1, 2]
+
+
 def find_newest(run_dir: Path, settings: str) -> tuple[int, list[str]] | str:
     with distributed.start(timeout_seconds=60, replicate=1, threads=1, deterministic=False) as ranks:
         try:
             found, passed = checkpoint.newest(run_dir, settings, ranks, "now")
-        except CheckpointError as error:
+        except (CheckpointError, HostError, ElsewhereError) as error:
             return str(error)
         return found.step if found else 0, passed
 

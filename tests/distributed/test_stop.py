@@ -4,12 +4,13 @@ import json
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from magnum_train import checkpoint, loop, train
+from magnum_train import checkpoint, loop, step, train
 from magnum_train.config import compose
 from magnum_train.errors import ConfigError
 from ranks import run_ranks
@@ -20,7 +21,7 @@ def signalled(line: list[str], number: int, at: int, rank: int) -> str:
     """Train; a signal reaches one rank in the midst of a step. Returns what was said."""
     real = loop.train_step
 
-    def step(*arguments: Any, **more: Any) -> Any:
+    def counted(*arguments: Any, **more: Any) -> Any:
         result = real(*arguments, **more)
         steps.append(1)
         if len(steps) == at and int(os.environ["RANK"]) == rank:
@@ -29,7 +30,7 @@ def signalled(line: list[str], number: int, at: int, rank: int) -> str:
         return result
 
     steps: list[int] = []
-    loop.train_step = step
+    loop.train_step = counted
     return run_until(line, None)
 
 
@@ -62,10 +63,60 @@ def test_a_signal_in_the_last_step_leaves_only_what_was_due_after_it(tmp_path: P
     assert rows_but_times(tmp_path / "run") == rows_but_times(tmp_path / "whole")
     assert "is complete" in run_ranks(run_until, 1, line, None)[0]
     states = [checkpoint.read_state(checkpoint.path_of(tmp_path / name, 5)) for name in ("run", "whole")]
-    assert states[0] == states[1]
+    assert replace(states[0], owed=[]) == states[1]
     line = [*line, "validation.every_steps=null", f"run_dir={tmp_path}/nothing_due"]
     [said] = run_ranks(signalled, 1, line, signal.SIGTERM, 5, 0)
     assert "done:" in said
+
+
+def told_while_loading(line: list[str]) -> str:
+    """Train; SIGTERM comes after the model is built and before the first step."""
+    real = train.build
+
+    def build(*arguments: Any, **more: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.3)
+        return real(*arguments, **more)
+
+    train.build = build
+    return run_until(line, None)
+
+
+def test_a_signal_while_loading_ends_before_the_first_step(tmp_path: Path) -> None:
+    line = overrides(tmp_path)
+    assert "stopped after step 0 of 10" in run_ranks(told_while_loading, 2, line)[0]
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    run_ranks(run_until, 2, line, 7)
+    assert "stopped after step 5 of 10" in run_ranks(told_while_loading, 2, line)[0]
+    run_ranks(run_until, 2, line, None)
+    assert [row["step"] for row in metrics(tmp_path / "run")] == list(range(1, 11))
+
+
+def test_what_a_start_left_that_was_killed_early_is_no_obstacle(tmp_path: Path) -> None:
+    line = overrides(tmp_path, "train.max_steps=2")
+    (tmp_path / "run").mkdir()
+    for name in (".lock", ".config.yaml.tmp", ".environment.json.tmp"):
+        (tmp_path / "run" / name).write_text("half of it")
+    said = run_ranks(run_until, 1, line, None)[0]
+    assert "removed what it left half written: .config.yaml.tmp, .environment.json.tmp" in said
+    assert checkpoint.steps(tmp_path / "run") == [2]
+
+
+def long_steps(line: list[str]) -> str:
+    """Train; each micro-batch takes long, the step longer than the limit of a phase."""
+    real = step.forward
+
+    def forward(*arguments: Any) -> Any:
+        time.sleep(1.2)
+        return real(*arguments)
+
+    step.forward = forward
+    return run_until(line, None)
+
+
+def test_a_long_step_that_gets_on_is_no_hang(tmp_path: Path) -> None:
+    line = overrides(tmp_path, "train.max_steps=1", "validation.every_steps=null", "distributed.timeout_seconds=4")
+    assert "done:" in run_ranks(long_steps, 1, line)[0]
 
 
 def test_the_time_limit_ends_the_run_and_the_same_line_goes_on(tmp_path: Path) -> None:

@@ -27,9 +27,11 @@ class Stop:
 
     Attributes:
         requested: Name of the first signal; None before it.
+        ending: Whether the process ends already, so that a signal is no news.
     """
 
     requested: str | None = None
+    ending = False
 
     def __init__(self, say: Callable[[str], None]) -> None:
         """Prepare; nothing is caught yet.
@@ -77,6 +79,8 @@ class Stop:
                 first = time.monotonic()
             if self.requested is None:
                 self.requested = name
+                if self.ending:
+                    continue
                 ends = "; once more ends at once" if number in _AT_ONCE else ""
                 with contextlib.suppress(OSError, ValueError):  # nobody listens any more; a second one must be heard
                     self._say(f"{name}: finishing the step, then saving{ends}")

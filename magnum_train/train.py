@@ -53,6 +53,7 @@ def train(settings: TrainConfig) -> bool:
     """
     started, run_dir = time.monotonic(), Path(str(settings.run_dir))
     with (
+        contextlib.ExitStack() as to_the_last,  # torchrun signals those that are about to name a lost rank
         distributed.start(
             timeout_seconds=settings.distributed.timeout_seconds,
             save_timeout_seconds=settings.checkpoint.timeout_seconds,
@@ -86,7 +87,7 @@ def train(settings: TrainConfig) -> bool:
             raise HostError(folder, f"prepared data {prepared.key}", f"{first}, as on rank 0's host")
         if start is not None:  # its vocabulary may have to grow
             settings = replace(settings, model=network(asked, start, prepared.tokenizer))
-        stop = until_the_end.enter_context(Stop(terminal.say))
+        stop = to_the_last.enter_context(Stop(terminal.say))
         run = assemble(
             settings, prepared, recorded, ranks, terminal, start, passed=passed, started=started, stop=stop
         )  # fmt: skip
@@ -116,6 +117,9 @@ def until_it_ends(run: Run) -> bool:
             run.ranks.watch.phase("waiting for the save", limited=False)
             with contextlib.suppress(UserError):  # what ended the run is what is to be told
                 run.saver.wait()
+            raise
+        except BaseException:
+            run.stop.ending = True
             raise
     run.recorder.close(normal=True)
     return ending is Ending.COMPLETE

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test check format
+.PHONY: help setup demo test check format faults
 
 help: ## Show these lines
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,6 +21,9 @@ demo: setup ## Train a small Nemo on the shipped conversations and let it answer
 
 test: setup ## Run every test
 	$(BIN)/python -m pytest
+
+faults: setup ## Kill ranks, fill disks, flip bits, stop clocks; print what became of the runs
+	$(BIN)/python benchmarks/faults.py runs/faults.json
 
 check: setup ## Format, lint, types
 	$(BIN)/ruff format --check .

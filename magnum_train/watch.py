@@ -279,8 +279,9 @@ class Watch:
             return None
         begin = time.monotonic()
         counts = {rank: sign.number for rank, (sign, _) in self._signs.seen.items()}
-        self._deadline = begin + 3 * self._grace
-        while time.monotonic() < begin + self._grace:
+        self._deadline = begin + 4 * self._grace
+        # Where this process itself stood still meanwhile, what the others did in that time is not known yet.
+        while time.monotonic() < min(max(begin, self._awake) + self._grace, begin + 3 * self._grace):
             verdict = self._signs.verdict or self._judged(3.5 * self._beat, 0.0, _text(error))
             if verdict is not None:
                 self.lost = True

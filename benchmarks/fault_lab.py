@@ -423,7 +423,8 @@ class Lab:
         self.scratch, self.short, self.no_mounts = scratch, short, no_mounts
         self.seed, self.draw = seed, random.Random(seed)
         self.context = get_context("forkserver")
-        self.context.set_forkserver_preload(["__main__"])
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(HOME / "benchmarks"), str(HOME / "tests"), str(HOME)])
+        self.context.set_forkserver_preload(["fault_lab"])  # found by that path alone
         self.starts: list[Start] = []
         self._whole: dict[str, Path] = {}
         self._folders = Counter[str]()
@@ -442,7 +443,7 @@ class Lab:
     def line(self, run_dir: Path, *more: str, total: int = 40) -> list[str]:
         """Overrides for a tiny run that is saved every 5 steps."""
         return tiny_runs.overrides(
-            self.scratch, f"train.max_steps={total}", "validation.every_steps=10", "checkpoint.every_steps=5",
+            self.scratch, "model.n_layers=1", f"train.max_steps={total}", "validation.every_steps=10", "checkpoint.every_steps=5",
             "checkpoint.keep_last=2", "checkpoint.keep_best=0", "distributed.timeout_seconds=60", *more,
             f"run_dir={run_dir}",
         )  # fmt: skip
@@ -486,16 +487,14 @@ class Lab:
         folder = self.folder("torchrun")
         program = ["-m", "magnum_train.train"]
         if plant:
-            paths = [str(HOME / "benchmarks"), str(HOME)]
             call = f"fault_lab.run_rank(sys.argv[1:], [lambda: fault_lab.{plant}])"
-            code = f"import sys\nsys.path[:0] = {paths!r}\nimport fault_lab\n{call}\n"
-            (folder / "worker.py").write_text(code)
+            (folder / "worker.py").write_text(f"import sys\nimport fault_lab\n{call}\n")
             program = [str(folder / "worker.py")]
         words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", f"--max-restarts={restarts}"]
         with (folder / "log").open("wb") as log:
             process = subprocess.Popen(
                 [sys.executable, *words, *program, *line], cwd=folder, stdin=subprocess.DEVNULL, stdout=log,
-                stderr=subprocess.STDOUT, start_new_session=True, env=os.environ | {"PYTHONPATH": str(HOME)},
+                stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         start = Start(process, [folder / "log"], None)
         self.starts.append(start)

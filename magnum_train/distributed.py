@@ -29,7 +29,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
 from data.errors import DataError
-from magnum_train.errors import ConfigError, RunError, UserError
+from magnum_train.errors import ConfigError, UserError
 from magnum_train.watch import Watch
 
 Result = TypeVar("Result")
@@ -161,17 +161,17 @@ def _tasks_per_host(counts: str) -> list[int]:
 
 
 @functools.cache
-def _rendezvous() -> tuple[Store, "itertools.count[int]"]:
+def _rendezvous(timeout_seconds: float) -> tuple[Store, "itertools.count[int]"]:
     """The store that all ranks share for the life of the process, and a count of the runs made with it."""
     me = launch()
     if me.world_size == 1:
         return HashStore(), itertools.count()
     url = f"tcp://{me.meet}" if me.in_slurm_step else "env://"
     store, _, _ = next(iter(rendezvous(url, me.rank, me.world_size)))
-    return PrefixStore(_this_start(store, me.rank, me.world_size), store), itertools.count()
+    return PrefixStore(_this_start(store, me.rank, me.world_size, timeout_seconds), store), itertools.count()
 
 
-def _this_start(store: Store, rank: int, world_size: int) -> str:
+def _this_start(store: Store, rank: int, world_size: int, timeout_seconds: float) -> str:
     """A name that all ranks of this very start agree on, and that none before it had.
 
     The store is torchrun's own and outlives the processes that torchrun starts anew: what they left there would be read
@@ -179,11 +179,19 @@ def _this_start(store: Store, rank: int, world_size: int) -> str:
     rank asks under its number, with a word of its own, and rank 0 answers every word until all ranks have confirmed.
 
     Raises:
-        RunError: If a rank does not come within the store's own time limit.
+        HostError: If a rank does not come, or rank 0 does not answer, within the limit.
     """
-    mine, deadline = uuid.uuid4().hex, time.monotonic() + store.timeout.total_seconds()  # type: ignore[attr-defined]
+    mine, deadline = uuid.uuid4().hex, time.monotonic() + timeout_seconds
+
+    def wait(absent: int) -> None:
+        if time.monotonic() > deadline:
+            raise HostError(f"rank {absent}", f"no sign of it for {timeout_seconds:g} s", "it to start with the others")
+        time.sleep(0.02)
+
     if rank:
         store.set(f"asks/{rank}", mine)
+        while not store.check([f"answer to {mine}"]):
+            wait(0)
         name: str = store.get(f"answer to {mine}").decode()
         store.set(f"{name}/confirmed by {rank}", "")
         return name
@@ -194,9 +202,8 @@ def _this_start(store: Store, rank: int, world_size: int) -> str:
                 missing.discard(other)
             elif store.check([f"asks/{other}"]):
                 store.set(f"answer to {store.get(f'asks/{other}').decode()}", mine)
-        if missing and time.monotonic() > deadline:
-            raise RunError(f"rank {min(missing)}", "no sign of it", f"it within {store.timeout}")  # type: ignore[attr-defined]
-        time.sleep(0.02)
+        if missing:
+            wait(min(missing))
     return mine
 
 
@@ -430,7 +437,7 @@ def start(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with it
     torch.use_deterministic_algorithms(deterministic)
 
-    base, runs = _rendezvous()
+    base, runs = _rendezvous(timeout_seconds)
     store = PrefixStore(f"run{next(runs)}", base)
     watch = Watch(
         PrefixStore("watch", store).clone(),  # type: ignore[attr-defined]

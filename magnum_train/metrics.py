@@ -180,6 +180,7 @@ class Metrics:
 
     def __init__(self, run_dir: Path, config_text: str, settings: dict[str, Any], *, is_main: bool) -> None:
         self._lines: Lines | None = None
+        self._events: _Events | None = None
         self._path, self._tensorboard = run_dir / "metrics.jsonl", run_dir / "tensorboard"
         self._text, self._settings, self._curves = config_text, settings, False
         if not is_main:
@@ -197,17 +198,21 @@ class Metrics:
         for _, row in whole_rows(self._path):
             self._draw(row)
 
+    def _add(self, summary: Any, step: int | None, when: float | None) -> None:
+        assert self._events is not None
+        self._events.add(summary, step, when)
+
     def _table(self, settings: dict[str, Any]) -> None:
         from torch.utils.tensorboard.summary import hparams
 
         values = {key: v if isinstance(v, (bool, int, float)) else str(v) for key, v in settings.items()}
         for summary in hparams(values, {"train/loss": None, "validation/loss": None}):  # type: ignore[no-untyped-call]
-            self._events.add(summary, None, None)
+            self._add(summary, None, None)
 
     def _text_of(self, tag: str, words: str, step: int | None, when: float | None) -> None:
         from torch.utils.tensorboard.summary import text
 
-        self._events.add(text(tag, words), step, when)  # type: ignore[no-untyped-call]
+        self._add(text(tag, words), step, when)  # type: ignore[no-untyped-call]
 
     def _draw(self, row: dict[str, Any]) -> None:
         """Put one row's numbers and texts on the curves, at the time that it bears."""
@@ -223,7 +228,7 @@ class Metrics:
             parts = {f"{name}/{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
             for part, number in parts.items():
                 if part not in ("step", "time") and isinstance(number, (int, float)) and not isinstance(number, bool):
-                    self._events.add(scalar(f"{kind}/{part}", number), step, when)  # type: ignore[no-untyped-call]
+                    self._add(scalar(f"{kind}/{part}", number), step, when)  # type: ignore[no-untyped-call]
 
     def write(self, row: dict[str, Any]) -> None:
         """Record one row with the time, in seconds since 1970; what is not finite becomes null, as JSON asks."""
@@ -258,11 +263,15 @@ class Metrics:
             yield
         except OSError:
             self._curves = False
+            if self._events is not None:
+                self._events.close()
 
     def close(self) -> None:
         """End the record."""
         if self._lines is not None:
             self.draw()
+            if self._events is not None:
+                self._events.close()
             self.sync()
             self._lines = None
 
@@ -280,7 +289,7 @@ class _Events:
 
         folder.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}.0"
-        self._event, self._file = Event, (folder / name).open("ab")
+        self._event, self._file = Event, (folder / name).open("ab", buffering=0)
         self._records = RecordWriter(self._file)
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
 
@@ -290,7 +299,10 @@ class _Events:
 
     def _write(self, event: Any) -> None:
         self._records.write(event.SerializeToString())
-        self._file.flush()
+
+    def close(self) -> None:
+        """End the file."""
+        self._file.close()
 
 
 _PREPARING_SECONDS = 10

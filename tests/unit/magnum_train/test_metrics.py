@@ -28,7 +28,7 @@ def test_a_last_row_without_its_newline_is_kept_whole(tmp_path: Path) -> None:
 
 
 def test_what_is_not_finite_is_null_and_the_file_is_json(tmp_path: Path) -> None:
-    record = Metrics(tmp_path, 0, "a: 1", {"a": 1}, is_main=True)
+    record = Metrics(tmp_path, "a: 1", {"a": 1}, is_main=True)
     record.write({"step": 1, "loss": math.nan, "grad_norm": math.inf, "lr": 0.1})
     record.close()
     [row] = rows(tmp_path / "metrics.jsonl")
@@ -37,7 +37,7 @@ def test_what_is_not_finite_is_null_and_the_file_is_json(tmp_path: Path) -> None
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
-    record = Metrics(tmp_path, 0, "a: 1", {"a": 1}, is_main=False)
+    record = Metrics(tmp_path, "a: 1", {"a": 1}, is_main=False)
     record.write({"step": 1, "loss": 1.0})
     record.sync()
     record.close()

@@ -29,7 +29,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
 from data.errors import DataError
-from magnum_train.errors import ConfigError, UserError
+from magnum_train.errors import ConfigError, LostRankError, UserError
 from magnum_train.watch import Watch
 
 Result = TypeVar("Result")
@@ -179,13 +179,18 @@ def _this_start(store: Store, rank: int, world_size: int, timeout_seconds: float
     rank asks under its number, with a word of its own, and rank 0 answers every word until all ranks have confirmed.
 
     Raises:
-        HostError: If a rank does not come, or rank 0 does not answer, within the limit.
+        LostRankError: If a rank does not come, or rank 0 does not answer, within the limit; said on stderr.
     """
     mine, deadline = uuid.uuid4().hex, time.monotonic() + timeout_seconds
 
     def wait(absent: int) -> None:
         if time.monotonic() > deadline:
-            raise HostError(f"rank {absent}", f"no sign of it for {timeout_seconds:g} s", "it to start with the others")
+            error = LostRankError(
+                f"rank {absent}", f"no sign of it for {timeout_seconds:g} s", "it to start with the others",
+                "See what its own host says of it.",
+            )  # fmt: skip
+            print(f"error: {error}", file=sys.stderr, flush=True)  # there is no watch yet that could say so
+            raise error
         time.sleep(0.02)
 
     if rank:

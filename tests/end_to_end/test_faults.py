@@ -1,4 +1,7 @@
-"""The short form of `make faults`: a few of every fault, on real processes."""
+"""The short form of `make faults`: a few of nearly every fault, on real processes.
+
+Left to the long form: what takes torchrun a minute to do, and the stall of saves, which a busy machine measures badly.
+"""
 
 import json
 import subprocess
@@ -7,27 +10,31 @@ from pathlib import Path
 
 import pytest
 
+LONG = {"killed_under_torchrun", "stopped_under_torchrun", "hung_under_torchrun", "stall"}
 HOME = Path(__file__).parents[2]
 
 
-@pytest.mark.timeout(500)  # some forty starts of processes
+@pytest.mark.timeout(900)  # some forty starts of processes: two minutes and more
 def test_every_fault_is_survived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(HOME / "benchmarks"))
     from faults import PARTS
 
+    tried = {part.__name__: fault for fault, part, _ in PARTS if part.__name__ not in LONG}
+    assert len(tried) == len(PARTS) - len(LONG)
     record = tmp_path / "faults.json"
     done = subprocess.run(
-        [sys.executable, str(HOME / "benchmarks" / "faults.py"), str(record), "--short", "--patience", "3"],
-        capture_output=True, text=True, timeout=480, check=False, cwd=tmp_path,
+        [sys.executable, str(HOME / "benchmarks" / "faults.py"), str(record), "--short", "--patience", "5",
+         "--only", *tried],
+        capture_output=True, text=True, timeout=880, check=False, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(record.read_text())["rows"]
-    assert [row["fault"] for row in rows] == [fault for fault, _, _ in PARTS]
+    assert [row["fault"] for row in rows] == list(tried.values())
     for row in rows:
         if row["not_tried"]:
             print(f"{row['fault']}: not tried: {row['not_tried']}")
         assert row["survived"] == row["tried"]
         assert not row["wrong"]
     table = done.stdout
-    for words in ("times tried", "survived", "steps lost", *(fault for fault, _, _ in PARTS)):
+    for words in ("times tried", "survived", "steps lost", *tried.values()):
         assert words in table

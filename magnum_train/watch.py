@@ -278,8 +278,10 @@ class Watch:
         if self.lost or not _another_could_cause(error):
             return None
         begin = time.monotonic()
+        self._deadline = begin + 5 * self._grace
+        # What a rank said before it died may not have come in yet, and would look like signs of life from then on.
+        fresh = self._signs.exchange_now(self._grace)
         counts = {rank: sign.number for rank, (sign, _) in self._signs.seen.items()}
-        self._deadline = begin + 4 * self._grace
         # Where this process itself stood still meanwhile, what the others did in that time is not known yet.
         while time.monotonic() < min(max(begin, self._awake) + self._grace, begin + 3 * self._grace):
             verdict = self._signs.verdict or self._judged(3.5 * self._beat, 0.0, _text(error))
@@ -290,8 +292,12 @@ class Watch:
                 self._tell(verdict)
                 return verdict.error()
             seen = self._signs.seen
-            if len(seen) == self.world_size - 1 and all(
-                sign.left or sign.number >= counts.get(rank, sign.number) + 3 for rank, (sign, _) in seen.items()
+            if (
+                fresh
+                and len(seen) == self.world_size - 1
+                and all(
+                    sign.left or sign.number >= counts.get(rank, sign.number) + 3 for rank, (sign, _) in seen.items()
+                )
             ):
                 break
             time.sleep(self._beat / 4)

@@ -444,8 +444,8 @@ class Lab:
         """Overrides for a tiny run that is saved every 5 steps."""
         return tiny_runs.overrides(
             self.scratch, "model.n_layers=1", f"train.max_steps={total}", "validation.every_steps=10",
-            "checkpoint.every_steps=5", "checkpoint.keep_last=2", "checkpoint.keep_best=0", "distributed.timeout_seconds=60", *more,
-            f"run_dir={run_dir}",
+            "checkpoint.every_steps=5", "checkpoint.keep_last=2", "checkpoint.keep_best=0",
+            "distributed.timeout_seconds=60", *more, f"run_dir={run_dir}",
         )  # fmt: skip
 
     def streamed(self) -> list[str]:

@@ -104,7 +104,7 @@ DAMAGES = ("cut short", "bit flipped", "bit flipped", "block of zeros", "emptied
 
 
 def slow(pace: float = 0.02, disk: float = 0.02) -> None:
-    """Steps take longer by `pace` seconds, copying and whatever reaches the disk by `disk`."""
+    """A step takes `pace` seconds longer; a copy, a sync to the disk and a removed file take longer by `disk` or so."""
 
     def slower(place: Any, name: str, seconds: float) -> None:
         real = getattr(place, name)
@@ -117,7 +117,7 @@ def slow(pace: float = 0.02, disk: float = 0.02) -> None:
 
     slower(loop, "one_step", pace)
     slower(os, "fsync", disk)
-    slower(os, "unlink", disk / 10)  # pruning removes some ten files
+    slower(os, "unlink", disk / 2)  # pruning removes some ten files
     slower(saver.Saver, "begin", 2 * disk)
 
 

@@ -277,10 +277,10 @@ class Watch:
         """
         if self.lost or not _another_could_cause(error):
             return None
-        begin = time.monotonic()
-        self._deadline = begin + 5 * self._grace
+        self._deadline = time.monotonic() + 5 * self._grace
         # What a rank said before it died may not have come in yet, and would look like signs of life from then on.
         fresh = self._signs.exchange_now(self._grace)
+        begin = time.monotonic()  # after it: a store that is gone can take all of its patience
         counts = {rank: sign.number for rank, (sign, _) in self._signs.seen.items()}
         # Where this process itself stood still meanwhile, what the others did in that time is not known yet.
         while time.monotonic() < min(max(begin, self._awake) + self._grace, begin + 3 * self._grace):

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -376,9 +377,26 @@ def test_ranks_that_were_all_stopped_for_a_while_go_on(tmp_path: Path) -> None:
     assert [end.status for end in ends] == [0, 0], ends
 
 
+class SlowToReconnect:
+    """A store to which a new connection takes longer than a rank waits, as where its host does not answer."""
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def clone(self) -> Any:
+        time.sleep(5)
+        return self._store.clone()
+
+
 def store_in_rank_0(folder: str, timeout: int) -> None:
     def run() -> None:
         with started(timeout) as ranks:
+            if "reconnect" in folder:
+                signs = ranks.watch._signs
+                signs._store = SlowToReconnect(signs._store)  # type: ignore[assignment]
             ranks.watch.phase("train", 3)
             reduce(ranks)
             if ranks.is_main:
@@ -398,7 +416,7 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-@pytest.mark.parametrize("where", ["compute", "collective"])
+@pytest.mark.parametrize("where", ["compute", "collective", "collective, slow to reconnect"])
 def test_a_store_that_went_with_its_host_is_named(where: str, tmp_path: Path) -> None:
     folder = tmp_path / where
     folder.mkdir()

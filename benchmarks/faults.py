@@ -522,6 +522,7 @@ def stopped_twice(lab: Lab, row: Row) -> None:
             run_dir = lab.folder("twice-stopped")
             start = lab.start(2, lab.line(run_dir), partial(sleep_in_data, 8, 1))
             reached(start, run_dir, 7)
+            time.sleep(0.5)  # until all are in step 8, which does not end
             start.send(rank, signal.SIGTERM)
             until(lambda: rank or "SIGTERM: finishing the step" in start.said(), "an answer to the first")  # noqa: B023
             time.sleep(1.2)  # two signals within a second count as one
@@ -743,6 +744,8 @@ def main() -> int:
         if words:
             os.execvp(words[0], words)
         line.inside = why_not
+    # Also where this was started in the background: an ignored SIGINT is inherited, and runs respect that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     scratch = Path(tempfile.mkdtemp(prefix="faults-"))
     lab, rows, begin, status = Lab(scratch, line.seed, line.short, line.inside), list[Row](), time.monotonic(), 1

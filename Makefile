@@ -19,8 +19,8 @@ setup: .venv/.installed ## Make .venv and install the project with its developme
 demo: setup ## Train a small Nemo on the shipped conversations and let it answer
 	@OMP_NUM_THREADS=1 $(BIN)/python -m magnum_train.demo # set, so that torchrun does not warn; training sets its own
 
-test: setup ## Run every test
-	$(BIN)/python -m pytest
+test: setup ## Run every test, two files at a time
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 faults: setup ## Kill ranks, fill disks, flip bits, stop clocks; print what became of the runs
 	$(BIN)/python benchmarks/faults.py runs/faults.json

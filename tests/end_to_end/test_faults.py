@@ -1,7 +1,7 @@
 """The short form of `make faults`: a few of nearly every fault, on real processes.
 
-Left to the long form: what takes torchrun a minute to do, what other tests do as well (`test_watch`, `test_stop`), and the
-stall of saves, which a busy machine measures badly.
+Left to the long form: what takes torchrun a minute to do, what other tests do as well (`test_watch`, `test_stop`), and
+the stall of saves, which a busy machine measures badly.
 """
 
 import json

@@ -8,27 +8,42 @@ has N + 1 entries. With a cache: B sequences, S tokens of the longest, n new one
 """
 
 import importlib.util
-import inspect
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int32, Int64
 from torch import Tensor
+from torch.nn.attention import (
+    activate_flash_attention_impl,
+    current_flash_attention_impl,
+    restore_flash_attention_impl,
+)
 
-BACKENDS = ("auto", "sdpa", "varlen", "flash_attn")
+BACKENDS = ("auto", "sdpa", "varlen", "varlen_fa3", "varlen_fa4", "cudnn", "flash_attn")
+"""Beside auto: torch's kernels document by document, FlashAttention 2, 3 and 4 behind torch's operators for packs,
+cuDNN's by torch, and the package flash-attn."""
 
-_HAS_FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
-_HAS_VARLEN = importlib.util.find_spec("torch.nn.attention.varlen") is not None
-# torch 2.11 has varlen attention for equal numbers of heads only; later versions take grouped heads when
-# asked to.
-_VARLEN_TAKES_GROUPS = False
-if _HAS_VARLEN:
-    from torch.nn.attention.varlen import varlen_attn
+FUSED = BACKENDS[2:]
+"""Those that take a whole pack in one call: on a GPU, in bfloat16 or float16."""
 
-    _VARLEN_TAKES_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
+_flash_attn_spec = importlib.util.find_spec("flash_attn")
+# FlashAttention 4 comes into the folder of flash-attn, which without flash-attn itself is a bare namespace.
+_HAS_FLASH_ATTN = _flash_attn_spec is not None and _flash_attn_spec.origin is not None
+_HAS_FA4 = _flash_attn_spec is not None and any(
+    (Path(folder) / "cute").is_dir() for folder in _flash_attn_spec.submodule_search_locations or ()
+)
+_HAS_FA3 = importlib.util.find_spec("flash_attn_interface") is not None
+
+_FLASH = {"varlen": "FA2", "varlen_fa3": "FA3", "varlen_fa4": "FA4"}
+"""Implementations behind torch's FlashAttention operators, by the name that torch knows them by."""
+
+_LEAST_CUDNN = 91_800
+"""9.18, from which on torch 2.15 uses these kernels by itself."""
 
 
 def choose_backend(name: str, device_type: str, dtype: torch.dtype) -> str:
@@ -36,7 +51,8 @@ def choose_backend(name: str, device_type: str, dtype: torch.dtype) -> str:
 
     What can run follows from the device and the dtype: that a kernel imports proves nothing, torch's own
     imports on a CPU and then fails. `auto` is the only name that picks; any other either runs or is refused,
-    never replaced.
+    never replaced. `auto` takes what torch itself has: which kernel is the fastest is measured where it matters,
+    at the start of a training run.
 
     Args:
         name: One of `BACKENDS`.
@@ -44,16 +60,15 @@ def choose_backend(name: str, device_type: str, dtype: torch.dtype) -> str:
         dtype: Of queries, keys and values.
 
     Returns:
-        "sdpa", "varlen" or "flash_attn".
+        One of `BACKENDS` other than "auto".
 
     Raises:
-        ValueError: The name is unknown, or its kernel is absent or does not run on this device or dtype.
+        ValueError: The name is unknown, or its kernel is absent, does not run on this device or dtype, or has no
+            deterministic backward where that is asked for (`torch.use_deterministic_algorithms`).
     """
-    flash_runs = device_type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    fused_runs = device_type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     if name == "auto":
-        if flash_runs and _HAS_VARLEN:
-            return "varlen"
-        return "flash_attn" if flash_runs and _HAS_FLASH_ATTN else "sdpa"
+        return "varlen" if fused_runs else "sdpa"
     if name == "sdpa":
         return name
     if name not in BACKENDS:
@@ -61,22 +76,47 @@ def choose_backend(name: str, device_type: str, dtype: torch.dtype) -> str:
     remedy = "set model.attention=auto or model.attention=sdpa"
     if device_type != "cuda":
         raise ValueError(f"model.attention: found {name!r} on device {device_type!r}, expected a CUDA device; {remedy}")
-    if not flash_runs:
+    if not fused_runs:
         raise ValueError(
             f"model.attention: found {name!r} with {dtype}, expected torch.bfloat16 or torch.float16; "
             f"compute in bfloat16, or {remedy}"
         )
-    if name == "flash_attn" and not _HAS_FLASH_ATTN:
-        raise ValueError(
-            "model.attention: found 'flash_attn', expected the package flash-attn to be installed; "
-            f"install magnum-train[flash], or set model.attention=varlen, or {remedy}"
-        )
-    if name == "varlen" and not _HAS_VARLEN:
-        raise ValueError(
-            f"model.attention: found 'varlen' with torch {torch.__version__}, "
-            f"expected torch.nn.attention.varlen; upgrade torch, or {remedy}"
-        )
+    if lack := _lack(name):
+        raise ValueError(f"model.attention: found {name!r} with {lack}, or {remedy}")
     return name
+
+
+def _lack(name: str) -> str:
+    """What a fused backend needs and this machine, its torch or its settings do not have; empty where all is there."""
+    major, minor = _capability()
+    gpu = f"a GPU of compute capability {major}.{minor}"
+    if name == "flash_attn" and not _HAS_FLASH_ATTN:
+        return "no such package, expected flash-attn to be installed; install magnum-train[flash]"
+    if name == "varlen_fa3" and not (_HAS_FA3 and major == 9):
+        found = "no package flash_attn_interface" if major == 9 else gpu
+        return f"{found}, expected FlashAttention 3 on compute capability 9; set model.attention=varlen"
+    if name == "varlen_fa4" and not (_HAS_FA4 and major in (9, 10)):
+        found = "no package flash_attn.cute" if major in (9, 10) else gpu
+        return f"{found}, expected FlashAttention 4 on compute capability 9 or 10; set model.attention=varlen"
+    if name != "cudnn":
+        return ""
+    if (version := _cudnn_version()) < _LEAST_CUDNN or major not in (9, 10):
+        found = f"cuDNN {version or 'absent'}" if version < _LEAST_CUDNN else gpu
+        return f"{found}, expected cuDNN {_LEAST_CUDNN} on compute capability 9 or 10; set model.attention=varlen"
+    if torch.are_deterministic_algorithms_enabled():  # then torch does not take it for SDPA either
+        return "train.deterministic=true, expected a kernel with a deterministic backward; set model.attention=varlen"
+    return ""
+
+
+def _capability() -> tuple[int, int]:
+    """The current GPU's; (0, 0) without one."""
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+
+
+def _cudnn_version() -> int:
+    """As 91900 for 9.19.0; 0 without it."""
+    version: int | None = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+    return version or 0
 
 
 def attention(
@@ -106,11 +146,18 @@ def attention(
     Raises:
         ValueError: The backend cannot run here (`choose_backend`).
     """
-    chosen = choose_backend(backend, q.device.type, q.dtype)
+    # Within a compiled block the network has chosen already, and a compiler cannot look at the machine.
+    chosen = backend
+    if backend == "auto" or not torch.compiler.is_compiling():
+        chosen = choose_backend(backend, q.device.type, q.dtype)
+    if chosen == "sdpa" and q.device.type == "cpu":
+        return cast(Tensor, _on_cpu(q, k, v, cu_seqlens)[0])
     if chosen == "sdpa":
         return cast(Tensor, _sdpa(q, k, v, document_lengths(cu_seqlens) if lengths is None else lengths))
-    if chosen == "varlen":
-        return _varlen(q, k, v, cu_seqlens, max_seqlen)
+    if chosen in _FLASH:
+        return cast(Tensor, _flash(q, k, v, cu_seqlens, max_seqlen, _FLASH[chosen])[0])
+    if chosen == "cudnn":
+        return cast(Tensor, _cudnn(q, k, v, cu_seqlens)[0])
     return _flash_attn(q, k, v, cu_seqlens, max_seqlen)
 
 
@@ -119,7 +166,7 @@ def document_lengths(cu_seqlens: Int32[Tensor, " bounds"]) -> tuple[int, ...]:
     return tuple(cu_seqlens.diff().tolist())
 
 
-# Lengths change with every pack, and a compiler would specialise on them.
+# On a GPU only: lengths change with every pack, and a compiler would specialise on them.
 @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
     """One kernel call for each document that is not empty."""
@@ -133,24 +180,226 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
     return torch.cat(outputs, dim=1).transpose(0, 1)
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-    """FlashAttention as torch ships it."""
-    causal = (-1, 0)  # a window: everything before and nothing after
-    cu, most = cu_seqlens, max_seqlen
-    output: Any
-    if _VARLEN_TAKES_GROUPS:
-        output = varlen_attn(q, k, v, cu, cu, most, most, window_size=causal, enable_gqa=True)
+@torch.library.custom_op("magnum_train::attention_on_cpu", mutates_args=())
+def _on_cpu(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """The kernel behind SDPA on a CPU, called for each document; an operator, so that a compiler sees no lengths.
+
+    Returns:
+        The output [T, H, E], and the logarithm of each softmax's denominator [T, H] for the backward.
+    """
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+    for document in _slices(cu_seqlens):
+        q_i, k_i, v_i = _as_heads(q, k, v, document)
+        out_i, lse_i = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q_i, k_i, v_i, is_causal=True)
+        out[document], lse[document] = out_i[0].transpose(0, 1), lse_i[0].transpose(0, 1)
+    return out, lse
+
+
+@torch.library.custom_op("magnum_train::attention_on_cpu_backward", mutates_args=())
+def _on_cpu_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of queries, keys and values."""
+    grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    for document in _slices(cu_seqlens):
+        heads = _as_heads(q, k, v, document)
+        grad_i, out_i, lse_i = (x[document].transpose(0, 1)[None] for x in (grad, out, lse))
+        of_heads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad_i, *heads, out_i, lse_i, 0.0, True
+        )
+        for whole, part in zip(grads, of_heads, strict=True):  # heads that share keys add their gradients up
+            whole[document] = part[0].unflatten(0, (whole.shape[1], -1)).sum(1).transpose(0, 1)
+    return grads
+
+
+def _slices(cu_seqlens: Tensor) -> list[slice]:
+    """Where the documents that are not empty lie."""
+    bounds = cu_seqlens.tolist()
+    return [slice(begin, end) for begin, end in itertools.pairwise(bounds) if begin < end]
+
+
+def _as_heads(q: Tensor, k: Tensor, v: Tensor, document: slice) -> list[Tensor]:
+    """A document's queries, keys and values as [1, H, n, E]: the kernel knows no grouped heads."""
+    groups = q.shape[1] // k.shape[1]
+    grouped = (q[document], *(x[document].repeat_interleave(groups, dim=1) for x in (k, v)))
+    return [x.transpose(0, 1)[None] for x in grouped]
+
+
+@_on_cpu.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+@_on_cpu_backward.register_fake
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """For all of the operators: queries, keys, values and bounds come first, then what is no tensor."""
+    q, k, v, cu_seqlens, *ctx.settings = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    return (*_on_cpu_backward(grad, *ctx.saved_tensors), None)
+
+
+_on_cpu.register_autograd(_gradients, setup_context=_keep_for_backward)
+
+
+@torch.library.custom_op("magnum_train::flash_attention", mutates_args=())
+def _flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, version: str) -> tuple[Tensor, Tensor]:
+    """FlashAttention by torch's operators, as torch's `varlen_attn` calls them.
+
+    An operator of ours around them, since torch has one implementation active in the whole process: here the one that
+    is meant is made so at every call, in the backward too, whatever ran in between. Grouped heads are passed as they
+    are; that of torch 2.11 takes them as well, although its `varlen_attn` does not say so.
+
+    Returns:
+        The output [T, H, E], and the logarithm of each softmax's denominator [H, T] for the backward.
+    """
+    _activate(version)
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, 0.0, True, False,
+        window_size_left=-1, window_size_right=0,
+    )  # fmt: skip
+    return out, lse
+
+
+@torch.library.custom_op("magnum_train::flash_attention_backward", mutates_args=())
+def _flash_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    version: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients; deterministic where `torch.use_deterministic_algorithms` asks for it: all versions look at that."""
+    _activate(version)
+    no_seed = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout, as torch passes it
+    grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
+        grad, q, k, v, out, lse, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, 0.0, True, no_seed, q.new_empty(0),
+        window_size_left=-1, window_size_right=0,
+    )  # fmt: skip
+    return grads
+
+
+def _activate(version: str) -> None:
+    """Let torch's FlashAttention operators be implemented by this version; by its own, FA2, without a package."""
+    active = current_flash_attention_impl() or "FA2"
+    if active == version:
+        return
+    if version == "FA2":
+        restore_flash_attention_impl()
     else:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        output = varlen_attn(q, k, v, cu, cu, most, most, window_size=causal)
-    return cast(Tensor, output)
+        activate_flash_attention_impl(version)
+
+
+@_flash.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, version: str) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+
+
+@_flash_backward.register_fake
+def _(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    version: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _flash_gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_flash_backward(grad, *ctx.saved_tensors, *ctx.settings), None, None, None)
+
+
+_flash.register_autograd(_flash_gradients, setup_context=_keep_for_backward)
+
+
+@torch.library.custom_op("magnum_train::cudnn_attention", mutates_args=())
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """The kernels of cuDNN for ragged packs, which torch has and whose `varlen_attn` uses them from torch 2.15 on.
+
+    A plan is built for every new shape, which takes a second. So the longest document is always said to be the whole
+    pack. Keys and values are written out for every query head, since torch 2.15 passes no grouped heads either.
+
+    Returns:
+        The output [T, H, E], and the logarithm of each softmax's denominator [T, H] for the backward.
+    """
+    k, v = (_for_all_heads(x, q) for x in (k, v))
+    out, lse, *_ = torch.ops.aten._cudnn_attention_forward(
+        query=q.contiguous(), key=k, value=v, attn_bias=None, cum_seq_q=cu_seqlens, cum_seq_k=cu_seqlens,
+        max_q=q.shape[0], max_k=q.shape[0], compute_log_sumexp=True, dropout_p=0.0, is_causal=True,
+        return_debug_mask=False,
+    )  # fmt: skip
+    return out, lse.reshape(q.shape[:2])
+
+
+@torch.library.custom_op("magnum_train::cudnn_attention_backward", mutates_args=())
+def _cudnn_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of queries, keys and values.
+
+    By name, since torch 2.11 and 2.13 call this operator with its arguments in another order than it has.
+    """
+    wide_k, wide_v = (_for_all_heads(x, q) for x in (k, v))
+    no_seed = torch.zeros(2, dtype=torch.int64, device=q.device)  # of dropout
+    grad_q, *others = torch.ops.aten._cudnn_attention_backward(
+        grad_out=grad.contiguous(), query=q.contiguous(), key=wide_k, value=wide_v, out=out, logsumexp=lse[..., None],
+        philox_seed=no_seed, philox_offset=no_seed, attn_bias=None, cum_seq_q=cu_seqlens, cum_seq_k=cu_seqlens,
+        max_q=q.shape[0], max_k=q.shape[0], dropout_p=0.0, is_causal=True,
+    )  # fmt: skip
+    grad_k, grad_v = (x.unflatten(1, (k.shape[1], -1)).sum(2) for x in others)
+    return grad_q, grad_k, grad_v
+
+
+def _for_all_heads(x: Tensor, q: Tensor) -> Tensor:
+    """Keys or values, written out for every head of the queries."""
+    return x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
+
+
+@_cudnn.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+@_cudnn_backward.register_fake
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _cudnn_gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_cudnn_backward(grad, *ctx.saved_tensors), None)
+
+
+_cudnn.register_autograd(_cudnn_gradients, setup_context=_keep_for_backward)
 
 
 def _flash_attn(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
     """FlashAttention from its own package."""
     from flash_attn import flash_attn_varlen_func  # optional, and slow to import
 
-    output: Tensor = flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=True)
+    output: Tensor = flash_attn_varlen_func(
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=True,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )  # fmt: skip
     return output
 
 
@@ -322,6 +571,8 @@ def cached_attention(
     """
     keys, values = cache.append(k, v, newest)
     if newest.first:
+        if backend == "cudnn":  # it would build a plan for every length of prompt
+            backend = "varlen"
         return attention(q, k, v, newest.cu_seqlens, newest.max_seqlen, backend, newest.counts)
     if newest.single:
         return _grouped(q[:, None], keys, values, newest.mask)[:, 0]

@@ -6,6 +6,7 @@ by what is decided once per step, elsewhere.
 Letters: T tokens in a pack, D dim, V vocab_size, n positions that bear weight.
 """
 
+import importlib.util
 from typing import Any, NamedTuple
 
 import torch
@@ -13,15 +14,18 @@ from jaxtyping import Float, Int, Int64
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# The most logits held at once, in elements. On a GPU 2,048 rows of Nemo's vocabulary (1 GiB in float32):
-# enough for matrix products at full speed. On a CPU 64 MiB.
+# The most logits held at once, in elements. On a GPU 2,048 rows of Nemo's vocabulary (1 GiB in float32): enough for a
+# matrix product at full speed. On a CPU 64 MiB.
 LOGITS_ON_GPU = 2**28
 LOGITS_ON_CPU = 2**24
+# The most of their gradients held at once, narrow, on a GPU: 8,192 rows of Nemo's vocabulary (2 GiB), a whole pack. The
+# sum over chunks is then the matrix product's own, and the weight gradient (2.5 GiB in float32) is written once, not
+# read and written for every chunk.
+GRADIENTS_ON_GPU = 2**30
 # Fewer rows than this waste the matrix units, whatever the vocabulary.
 MIN_ROWS = 64
-# A weight gradient that cannot be added to inside the matrix product is added in slices of so many elements
-# (256 MiB).
-GRADIENT_SLICE = 2**26
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None  # torch's wheels for CUDA bring it
 
 
 class Loss(NamedTuple):
@@ -78,8 +82,27 @@ def linear_cross_entropy(
     return Loss(total, tokens)
 
 
+def rows_at_once(vocab_size: int, *, on_gpu: bool) -> tuple[int, int]:
+    """Positions whose logits are held at once, and positions whose gradients of logits are, of a whole pack's.
+
+    On a CPU the gradients take the logits' place; on a GPU they are beside them, in the dtype of the hidden states.
+    """
+    rows = max(MIN_ROWS, (LOGITS_ON_GPU if on_gpu else LOGITS_ON_CPU) // vocab_size)
+    return rows, rows * max(1, GRADIENTS_ON_GPU // (rows * vocab_size)) if on_gpu else rows
+
+
+def _on_gpu(hidden: Tensor) -> bool:
+    return hidden.is_cuda
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The gradients of the sum, taken where the logits are."""
+    """The gradients of the sum, taken where the logits are.
+
+    For n positions of Nemo on a GPU, at 16 bits: three products of 2 n D V operations (33 T for a pack of 8,192: at
+    least 33 ms at 989 T/s), and 18 n V bytes beside their factors: the logits written (4) and read twice (8), their
+    gradient written (2) and read by two products (4); 19 GB for a pack, at least 6 ms at 3.35 TB/s. So the products are
+    what costs, and all else has to keep out of their way.
+    """
 
     @staticmethod
     def forward(
@@ -91,42 +114,39 @@ class _LinearCrossEntropy(torch.autograd.Function):
         positions: Tensor,
         grad_enabled: bool,
     ) -> tuple[Tensor, Tensor]:
-        wide = torch.promote_types(hidden.dtype, torch.float32)
+        wide, on_gpu = torch.promote_types(hidden.dtype, torch.float32), _on_gpu(hidden)
         # A CPU has no product of narrow factors with a wide result, so there the factors are widened.
-        narrow = hidden.dtype if hidden.is_cuda else wide
+        narrow = hidden.dtype if on_gpu else wide
         factor = weight.to(narrow)
         labels = labels.index_select(0, positions).long()
         weights = weights.index_select(0, positions).to(wide)
 
         count, (size, dim) = positions.numel(), weight.shape
-        rows = max(MIN_ROWS, (LOGITS_ON_GPU if hidden.is_cuda else LOGITS_ON_CPU) // size)
+        rows, group = rows_at_once(size, on_gpu=on_gpu)
         need_hidden, need_weight = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
         losses = hidden.new_empty(count, dtype=wide)
-        buffer = hidden.new_empty(min(rows, count), size, dtype=wide)
+        # As large for every pack, however many positions bear weight: blocks of one size are found again.
+        buffer = hidden.new_empty(min(rows, len(hidden)), size, dtype=wide)
+        # Gradients of logits take their place; on a GPU, where they are narrower, those of several chunks are gathered.
+        gathered = buffer
+        if on_gpu and (need_hidden or need_weight):
+            gathered = hidden.new_empty(min(group, len(hidden)), size, dtype=narrow)
         grad_hidden = hidden.new_empty(count, dim, dtype=wide) if need_hidden else None
         grad_weight = weight.new_zeros(size, dim, dtype=wide) if need_weight else None
 
-        for start in range(0, count, rows):
-            chunk = slice(start, min(start + rows, count))
-            states = hidden.index_select(0, positions[chunk]).to(narrow)
-            logits = _product(states, factor.t(), buffer[: states.shape[0]])
-            target = labels[chunk].unsqueeze(1)
-            # In place: logits, then exp(logits - peak), then the gradient weight × (softmax - one-hot).
-            peak = logits.amax(dim=1, keepdim=True)
-            at_label = logits.gather(1, target)
-            sums = logits.sub_(peak).exp_().sum(dim=1, keepdim=True)
-            losses[chunk] = (sums.log() + (peak - at_label)).squeeze(1)
-            if not (need_hidden or need_weight):
-                continue
-            share = weights[chunk].unsqueeze(1)
-            grad_logits = logits.mul_(share / sums)
-            index = (torch.arange(states.shape[0], device=logits.device), labels[chunk])
-            # Written, not scatter-added: this has a deterministic kernel on a GPU.
-            grad_logits[index] = grad_logits[index] - weights[chunk]
-            grad_logits = grad_logits.to(narrow)
-            if grad_hidden is not None:
-                _product(grad_logits, factor, grad_hidden[chunk])
-            if grad_weight is not None:
+        for start in range(0, count, group):
+            here = slice(start, min(start + group, count))
+            states = hidden.index_select(0, positions[here]).to(narrow)
+            grad_logits = gathered[: len(states)] if need_hidden or need_weight else None
+            for first in range(0, len(states), rows):
+                part = states[first : first + rows]
+                logits = _product(part, factor.t(), buffer[: len(part)])
+                chunk = slice(start + first, start + first + len(part))
+                gradient = None if grad_logits is None else grad_logits[first : first + rows]
+                losses[chunk] = _losses(logits, labels[chunk], weights[chunk], gradient)
+            if grad_logits is not None and grad_hidden is not None:
+                _product(grad_logits, factor, grad_hidden[here])
+            if grad_logits is not None and grad_weight is not None:
                 _add_product(grad_logits.t(), states, grad_weight, first=start == 0)
 
         ctx.save_for_backward(grad_hidden, grad_weight, positions)
@@ -149,6 +169,36 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None, None, None
 
 
+def _losses(logits: Tensor, labels: Tensor, weights: Tensor, gradient: Tensor | None) -> Tensor:
+    """Each row's cross-entropy, and weight × (softmax - one-hot); the logits are gone afterwards.
+
+    Args:
+        logits: [n, V], at least float32.
+        labels: [n], int64.
+        weights: [n], in the dtype of the logits.
+        gradient: Takes the second, [n, V], in its own dtype; may be `logits` itself. None where nobody asks.
+
+    Returns:
+        [n], in the dtype of the logits.
+    """
+    if logits.is_cuda and _HAS_TRITON and logits.dtype == torch.float32:
+        from model.loss_triton import losses  # triton is only there with CUDA
+
+        return losses(logits, labels, weights, gradient)
+    # In place: logits, then exp(logits - peak), then the gradient.
+    peak = logits.amax(dim=1, keepdim=True)
+    at_label = logits.gather(1, labels.unsqueeze(1))
+    sums = logits.sub_(peak).exp_().sum(dim=1, keepdim=True)
+    if gradient is not None:
+        logits.mul_(weights.unsqueeze(1) / sums)
+        index = (torch.arange(len(logits), device=logits.device), labels)
+        # Written, not scatter-added: this has a deterministic kernel on a GPU.
+        logits[index] = logits[index] - weights
+        if gradient.data_ptr() != logits.data_ptr():
+            gradient.copy_(logits)
+    return (sums.log() + (peak - at_label)).squeeze(1)
+
+
 def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """Write a @ b to `out`, which may be wider than the factors (on a GPU)."""
     if a.dtype == out.dtype:
@@ -157,13 +207,10 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 
 def _add_product(a: Tensor, b: Tensor, out: Tensor, *, first: bool) -> None:
-    """Add a @ b to `out`; the first time `out` is known to be zero."""
+    """Add a @ b to `out`, which may be wider than the factors (on a GPU); the first time it is known to be zero."""
     if first:
         _product(a, b, out)
     elif a.dtype == out.dtype:
         out.addmm_(a, b)
-    else:  # not every torch adds narrow products to a wide matrix
-        rows = max(1, GRADIENT_SLICE // out.shape[1])
-        for start in range(0, out.shape[0], rows):
-            part = slice(start, start + rows)
-            out[part] += torch.mm(a[part], b, out_dtype=out.dtype)
+    else:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)

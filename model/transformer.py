@@ -10,6 +10,7 @@ N documents; a tensor of `bounds` has N + 1 entries, one of `rows` as many as po
 
 import hashlib
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -81,6 +82,8 @@ class Attention(nn.Module):
         self.wk = nn.Linear(config.dim, keys, bias=False)
         self.wv = nn.Linear(config.dim, keys, bias=False)
         self.wo = nn.Linear(queries, config.dim, bias=False)
+        # May be replaced where a rank holds a part of the pack's tokens, by one that knows where the others are.
+        self.kernel: Callable[..., Tensor] = attention
 
     def forward(
         self,
@@ -97,7 +100,7 @@ class Attention(nn.Module):
         v = self.wv(x).unflatten(-1, (-1, self.head_dim))
         d = documents
         if cache is None:
-            out = attention(q, k, v, d.cu_seqlens, d.max_seqlen, d.backend, d.lengths)
+            out = self.kernel(q, k, v, d.cu_seqlens, d.max_seqlen, d.backend, d.lengths)
         else:
             assert d.newest is not None
             out = cached_attention(q, k, v, cache, d.newest, d.backend)
@@ -232,7 +235,8 @@ class Transformer(nn.Module):
         wide = torch.promote_types(x.dtype, torch.float32)
         cos, sin = rotary_tables(positions, config.head_dim, config.rope_theta, wide)
         backend = self._backend(x)
-        lengths = document_lengths(cu_seqlens) if backend == "sdpa" and cache is None else None
+        asks = backend == "sdpa" and cache is None and cu_seqlens.is_cuda
+        lengths = document_lengths(cu_seqlens) if asks else None
         documents = Documents(cu_seqlens, max_seqlen, backend, lengths, newest)
         for i, layer in enumerate(self.layers):
             x = layer(x, cos, sin, documents, None if cache is None else cache.layers[i])

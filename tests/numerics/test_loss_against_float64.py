@@ -65,6 +65,25 @@ def test_value_and_gradients_equal_float64(dtype, value, gradient):
     assert_close(weight.grad, grad_weight, gradient, "weight")
 
 
+@pytest.mark.parametrize("groups", [1, 2, 4], ids=["one group", "two groups", "a group for each chunk"])
+def test_gradients_gathered_over_chunks_as_on_a_gpu_equal_float64(monkeypatch, groups):
+    """There they lie beside the logits, and the products take those of several chunks at once."""
+    monkeypatch.setattr(model.loss, "_on_gpu", lambda hidden: True)
+    monkeypatch.setattr(model.loss, "LOGITS_ON_GPU", 64 * VOCABULARY)
+    monkeypatch.setattr(model.loss, "GRADIENTS_ON_GPU", 256 // groups * VOCABULARY)
+    arguments = inputs(torch.float64)
+    arguments[3].add_(0.1)  # so that all 200 positions are computed
+    with Allocations() as recorded:
+        loss = linear_cross_entropy(*arguments)
+        loss.total.backward()
+    total, tokens, grad_hidden, grad_weight = oracle(*arguments)
+    assert_close(loss.total, total, 1e-12, "total")
+    assert_close(loss.tokens, tokens, 1e-12, "tokens")
+    assert_close(arguments[0].grad, grad_hidden, 1e-12, "hidden")
+    assert_close(arguments[1].grad, grad_weight, 1e-12, "weight")
+    assert recorded.products == 4 + 2 * groups
+
+
 @pytest.mark.usefixtures("chunks")
 def test_finite_differences_confirm_the_gradients():
     hidden, weight, labels, weights = inputs(torch.float64)

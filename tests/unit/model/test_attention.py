@@ -1,10 +1,14 @@
 """The kernels' choice, and the CPU kernel against a dense mask."""
 
+import contextlib
+import inspect
+
 import pytest
 import torch
+import torch.nn.attention
 
 import model.attention
-from model.attention import KeyValueCache, attention, cached_attention, choose_backend
+from model.attention import FUSED, KeyValueCache, attention, cached_attention, choose_backend
 from models import assert_close
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
@@ -62,20 +66,48 @@ def test_auto_on_a_cpu_is_sdpa():
 
 
 @pytest.mark.parametrize(
-    ("device_type", "dtype", "varlen", "flash_attn", "expected"),
+    ("device_type", "dtype", "expected"),
     [
-        ("cpu", torch.bfloat16, True, True, "sdpa"),
-        ("cuda", torch.float32, True, True, "sdpa"),
-        ("cuda", torch.bfloat16, True, True, "varlen"),
-        ("cuda", torch.float16, True, False, "varlen"),
-        ("cuda", torch.bfloat16, False, True, "flash_attn"),
-        ("cuda", torch.bfloat16, False, False, "sdpa"),
+        ("cpu", torch.bfloat16, "sdpa"),
+        ("cuda", torch.float32, "sdpa"),
+        ("cuda", torch.bfloat16, "varlen"),
+        ("cuda", torch.float16, "varlen"),
     ],
 )
-def test_auto_picks_by_device_and_dtype(monkeypatch, device_type, dtype, varlen, flash_attn, expected):
-    monkeypatch.setattr(model.attention, "_HAS_VARLEN", varlen)
-    monkeypatch.setattr(model.attention, "_HAS_FLASH_ATTN", flash_attn)
+def test_auto_picks_by_device_and_dtype(device_type, dtype, expected):
     assert choose_backend("auto", device_type, dtype) == expected
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Says what there is, on a machine that has nothing of it."""
+
+    def there(capability, packages, cudnn):
+        monkeypatch.setattr(model.attention, "_capability", lambda: capability)
+        monkeypatch.setattr(model.attention, "_cudnn_version", lambda: cudnn)
+        for name in ("FLASH_ATTN", "FA3", "FA4"):
+            monkeypatch.setattr(model.attention, f"_HAS_{name}", name in packages)
+
+    return there
+
+
+@pytest.mark.parametrize(
+    ("capability", "packages", "cudnn", "expected"),
+    [
+        ((9, 0), {"FLASH_ATTN", "FA3", "FA4"}, 91900, ["varlen", "varlen_fa3", "varlen_fa4", "cudnn", "flash_attn"]),
+        ((10, 0), {"FLASH_ATTN", "FA3", "FA4"}, 91900, ["varlen", "varlen_fa4", "cudnn", "flash_attn"]),
+        ((8, 0), {"FLASH_ATTN", "FA3", "FA4"}, 91900, ["varlen", "flash_attn"]),
+        ((9, 0), set(), 91701, ["varlen"]),
+    ],
+    ids=["Hopper", "Blackwell", "Ampere", "bare"],
+)
+def test_what_runs_follows_from_the_gpu_and_the_packages(machine, capability, packages, cudnn, expected):
+    machine(capability, packages, cudnn)
+    found = []
+    for name in FUSED:
+        with contextlib.suppress(ValueError):
+            found.append(choose_backend(name, "cuda", torch.bfloat16))
+    assert found == expected
 
 
 @pytest.mark.parametrize(
@@ -84,17 +116,29 @@ def test_auto_picks_by_device_and_dtype(monkeypatch, device_type, dtype, varlen,
         ("flash_attn", "cpu", torch.bfloat16, "found 'flash_attn' on device 'cpu', expected a CUDA device"),
         ("varlen", "cpu", torch.bfloat16, "found 'varlen' on device 'cpu', expected a CUDA device"),
         ("varlen", "cuda", torch.float32, "found 'varlen' with torch.float32, expected torch.bfloat16"),
-        ("flash_attn", "cuda", torch.float64, "found 'flash_attn' with torch.float64"),
-        ("flash_attn", "cuda", torch.bfloat16, "expected the package flash-attn to be installed; install"),
-        ("varlen", "cuda", torch.bfloat16, "expected torch.nn.attention.varlen; upgrade torch"),
-        ("eager", "cpu", torch.float32, "found 'eager', expected one of auto, sdpa, varlen, flash_attn"),
+        ("cudnn", "cuda", torch.float64, "found 'cudnn' with torch.float64"),
+        ("flash_attn", "cuda", torch.bfloat16, "expected flash-attn to be installed; install"),
+        ("varlen_fa3", "cuda", torch.bfloat16, "with no package flash_attn_interface, expected FlashAttention 3"),
+        ("varlen_fa4", "cuda", torch.bfloat16, "with no package flash_attn.cute, expected FlashAttention 4"),
+        ("cudnn", "cuda", torch.bfloat16, "with cuDNN 91701, expected cuDNN 91800"),
+        ("eager", "cpu", torch.float32, "found 'eager', expected one of auto, sdpa, varlen, varlen_fa3"),
     ],
 )
-def test_what_cannot_run_is_refused_with_a_remedy(monkeypatch, name, device_type, dtype, message):
-    monkeypatch.setattr(model.attention, "_HAS_VARLEN", False)
-    monkeypatch.setattr(model.attention, "_HAS_FLASH_ATTN", False)
+def test_what_cannot_run_is_refused_with_a_remedy(machine, name, device_type, dtype, message):
+    machine((9, 0), set(), 91701)
     with pytest.raises(ValueError, match=f"model.attention: .*{message}"):
         choose_backend(name, device_type, dtype)
+
+
+def test_a_kernel_without_a_deterministic_backward_is_refused_where_one_is_asked_for(machine):
+    machine((9, 0), {"FLASH_ATTN", "FA3", "FA4"}, 91900)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert choose_backend("varlen_fa3", "cuda", torch.bfloat16) == "varlen_fa3"
+        with pytest.raises(ValueError, match=r"found 'cudnn' with train\.deterministic=true, expected"):
+            choose_backend("cudnn", "cuda", torch.bfloat16)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("name", ["flash_attn", "varlen"])
@@ -103,29 +147,110 @@ def test_flash_kernels_on_a_cpu_are_an_error_and_no_fallback(name):
         attention(*random_qkv(4), bounds([4]), 4, name)
 
 
-@pytest.mark.parametrize("takes_groups", [True, False], ids=["torch 2.12", "torch 2.11"])
-def test_varlen_is_called_causal_with_heads_as_the_version_takes_them(monkeypatch, takes_groups):
-    """The kernel itself needs a GPU; here stands a recorder of either version's signature."""
-    calls = []
+@pytest.fixture
+def gpu_operators():
+    """Torch's own operators for GPUs, with the CPU's kernel behind them; what they are called with, call after call.
 
-    def kernel(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, **options):
-        calls.append((k, v, options))
-        return q
+    So the calls go through torch's dispatcher and have to fit its schemas.
+    """
+    calls, nothing = [], torch.empty(0)
 
-    monkeypatch.setattr(model.attention, "varlen_attn", kernel)
-    monkeypatch.setattr(model.attention, "_VARLEN_TAKES_GROUPS", takes_groups)
-    q, k, v = random_qkv(6)
-    model.attention._varlen(q, k, v, bounds([6]), 6)
-    ((k_seen, v_seen, options),) = calls
-    if takes_groups:
-        assert options == {"window_size": (-1, 0), "enable_gqa": True}
-        assert k_seen is k
-        assert v_seen is v
-    else:
-        assert options == {"window_size": (-1, 0)}
-        for head in range(HEADS):
-            assert torch.equal(k_seen[:, head], k[:, head // 2])
-            assert torch.equal(v_seen[:, head], v[:, head // 2])
+    def flash(q, k, v, cu_q, cu_k, max_q, max_k, dropout, causal, debug, **options):
+        calls.append((max_q, max_k, causal, options["window_size_left"], options["window_size_right"]))
+        out, lse = model.attention._on_cpu(q, k, v, cu_q)
+        return out, lse.t().contiguous(), nothing, nothing, nothing
+
+    def flash_backward(grad, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, dropout, causal, seed, unused, **options):
+        calls.append((max_q, max_k, causal, options["window_size_left"], options["window_size_right"]))
+        return model.attention._on_cpu_backward(grad, q, k, v, out, lse.t(), cu_q)
+
+    def cudnn(q, k, v, bias, cu_q, cu_k, max_q, max_k, with_lse, dropout, causal, debug=False, *, scale=None):
+        calls.append((max_q, max_k, causal, bias, with_lse))
+        assert q.shape == k.shape == v.shape
+        out, lse = model.attention._on_cpu(q, k, v, cu_q)
+        return out, lse[..., None], nothing, nothing, 0, 0, nothing, nothing, nothing
+
+    def cudnn_backward(
+        grad, q, k, v, out, lse, seed, offset, bias, cu_q, cu_k, max_q, max_k, dropout, causal, *, scale=None
+    ):
+        calls.append((max_q, max_k, causal, bias, True))
+        assert q.shape == k.shape == v.shape
+        return model.attention._on_cpu_backward(grad, q, k, v, out, lse[..., 0], cu_q)
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("_flash_attention_forward", flash, "CPU")
+    library.impl("_flash_attention_backward", flash_backward, "CPU")
+    library.impl("_cudnn_attention_forward", cudnn, "CPU")
+    library.impl("_cudnn_attention_backward", cudnn_backward, "CPU")
+    yield calls
+    library._destroy()
+
+
+def call_of(backend, cu_seqlens, longest):
+    """The operator behind a backend, as a function of q, k and v."""
+    if backend == "cudnn":
+        return lambda q, k, v: model.attention._cudnn(q, k, v, cu_seqlens)[0]
+    return lambda q, k, v: model.attention._flash(q, k, v, cu_seqlens, longest, model.attention._FLASH[backend])[0]
+
+
+@pytest.mark.parametrize("backend", ["varlen", "varlen_fa3", "varlen_fa4", "cudnn"])
+def test_operators_for_gpus_are_called_as_torch_has_them_and_pass_gradients_on(monkeypatch, gpu_operators, backend):
+    """The kernels themselves need a GPU; here stands the CPU's behind the same names, and what lies between is real."""
+    lengths, active = [5, 0, 9, 1, 0], []
+    monkeypatch.setattr(model.attention, "_activate", active.append)
+    inputs = random_qkv(sum(lengths), torch.float32)
+    upstream = torch.randn_like(inputs[0])
+    out = call_of(backend, bounds(lengths), 12)(*inputs)
+    expected = dense(*inputs, lengths)
+    assert_close(out, expected, 1e-5)
+    found, right = (torch.autograd.grad(x, inputs, upstream) for x in (out, expected))
+    for name, gradient, theirs in zip("qkv", found, right, strict=True):
+        assert_close(gradient, theirs, 1e-5, name)
+    # One shape for all packs where a plan hangs on it.
+    assert gpu_operators == [(15, 15, True, None, True) if backend == "cudnn" else (12, 12, True, -1, 0)] * 2
+    # Whatever was active in between, the backward is that of the same implementation.
+    assert active == {"varlen": ["FA2"] * 2, "varlen_fa3": ["FA3"] * 2, "varlen_fa4": ["FA4"] * 2}.get(backend, [])
+
+
+@pytest.mark.parametrize("backend", ["varlen", "cudnn"])
+def test_operators_for_gpus_are_one_node_to_a_compiler(monkeypatch, gpu_operators, backend):
+    monkeypatch.setattr(model.attention, "_activate", lambda version: None)
+    lengths = [5, 0, 9]
+    cu_seqlens, inputs = bounds(lengths), random_qkv(14, torch.float32)
+    plain = inspect.unwrap(attention)  # without the check of shapes, which no compiler sees through
+
+    def block(q, k, v):
+        return plain(q * 2, k, v, cu_seqlens, 14, backend) + 1
+
+    found = torch.compile(block, backend="aot_eager", fullgraph=True)(*inputs)
+    expected = dense(inputs[0] * 2, *inputs[1:], lengths) + 1
+    assert_close(found, expected, 1e-5)
+    upstream = torch.randn_like(found)
+    for gradient, theirs in zip(*(torch.autograd.grad(x, inputs, upstream) for x in (found, expected)), strict=True):
+        assert_close(gradient, theirs, 1e-5)
+
+
+def test_one_implementation_of_flash_attention_is_active_and_changed_only_when_another_is_meant(monkeypatch):
+    active, done = [None], []
+
+    def activate(version):
+        active[0] = version
+        done.append(version)
+
+    def restore():
+        active[0] = None
+        done.append("torch's own")
+
+    monkeypatch.setattr(model.attention, "current_flash_attention_impl", lambda: active[0])
+    monkeypatch.setattr(model.attention, "activate_flash_attention_impl", activate)
+    monkeypatch.setattr(model.attention, "restore_flash_attention_impl", restore)
+    for version in ("FA2", "FA3", "FA3", "FA4", "FA2", "FA2"):
+        model.attention._activate(version)
+    assert done == ["FA3", "FA4", "torch's own"]
+
+
+def test_torch_knows_the_implementations_by_these_names():
+    assert set(model.attention._FLASH.values()) - {"FA2"} <= set(torch.nn.attention.list_flash_attention_impls())
 
 
 @pytest.mark.parametrize(

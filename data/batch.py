@@ -1,11 +1,11 @@
 """`PackedBatch`: one micro-batch, a flat pack of documents, and what the host knows about it.
 
-Dimension letters: T tokens in the pack, N document slots, n positions with a label. Owns the layout and its
-invariants. Knows no files, no steps and no ranks.
+Dimension letters: T tokens in the pack (of a part of it: T / parts), N document slots, n positions with a label.
+Owns the layout and its invariants. Knows no files, no steps and no ranks.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,10 @@ nothing."""
 
 @dataclass(frozen=True, eq=False)
 class PackedBatch:
-    """A pack of exactly T tokens, without a batch dimension. Checked at construction on the CPU.
+    """A pack of exactly T tokens, without a batch dimension, or a part of one. Checked at construction on the CPU.
+
+    A part holds the tokens of one of `parts` equal slices, and what there is for each of them; what is said of
+    documents (`cu_seqlens`, `max_seqlen`, `rows`, `lengths`) is said of the whole pack's.
 
     Args:
         tokens: ids, [T]; 0 in padding.
@@ -31,14 +34,16 @@ class PackedBatch:
             padding.
         weights: weight of the loss on `labels`, [T]; 0 where there is none.
         positions: place in the document, from 0, [T].
-        cu_seqlens: starts of the document slots and the end T, [N + 1]. N is the same for every batch of a
+        cu_seqlens: starts of the document slots in the pack, and its end, [N + 1]. N is the same for every batch of a
             run; slots that are not used lie at the end and are empty.
-        max_seqlen: upper bound on a document's length: T itself, so that compiled kernels see one value.
+        max_seqlen: upper bound on a document's length: the pack's, so that compiled kernels see one value.
         rows: number of each slot's document in the prepared set, [N]; -1 for padding and empty slots.
         label_positions: where `weights` is not 0, ascending, [n]; known here so that the device is never
             asked.
         sources: number of each token's source, [T]; -1 in padding (never at a label position).
         lengths: tokens of each real document (on the host), in order.
+        part: which slice of the pack this is, from 0.
+        parts: number of its slices; 1 for a whole pack.
     """
 
     tokens: Int64[Tensor, "T"]
@@ -51,6 +56,8 @@ class PackedBatch:
     label_positions: Int64[Tensor, "n"]
     sources: Int64[Tensor, "T"]
     lengths: tuple[int, ...]
+    part: int = 0
+    parts: int = 1
 
     def __post_init__(self) -> None:
         if self.tokens.device.type == "cpu":
@@ -58,21 +65,25 @@ class PackedBatch:
 
     def _check(self) -> None:
         size = len(self.tokens)
+        whole, here = size * self.parts, slice(size * self.part, size * (self.part + 1))
         bounds, weights = self.cu_seqlens.numpy(), self.weights.numpy()
+        if not 0 <= self.part < self.parts:
+            raise ValueError(f"part is {self.part}; expected from 0 to below the {self.parts} parts")
         if any(len(t) != size for t in (self.labels, self.weights, self.positions, self.sources)):
             raise ValueError(f"tokens, labels, weights, positions and sources must all have {size} entries")
         if len(bounds) != len(self.rows) + 1:
             raise ValueError(f"cu_seqlens has {len(bounds)} entries for {len(self.rows)} rows; expected one more")
-        if bounds[0] != 0 or bounds[-1] != size or (np.diff(bounds) < 0).any():
-            raise ValueError(f"cu_seqlens must rise from 0 to {size}; found {bounds.tolist()}")
+        if bounds[0] != 0 or bounds[-1] != whole or (np.diff(bounds) < 0).any():
+            raise ValueError(f"cu_seqlens must rise from 0 to {whole}; found {bounds.tolist()}")
         if not 0 < np.diff(bounds).max() <= self.max_seqlen:
             raise ValueError(f"a document has {np.diff(bounds).max()} tokens, more than max_seqlen {self.max_seqlen}")
         starts = np.repeat(bounds[:-1], np.diff(bounds))
-        if not np.array_equal(self.positions.numpy(), np.arange(size) - starts):
+        if not np.array_equal(self.positions.numpy(), (np.arange(whole) - starts)[here]):
             raise ValueError("positions must count from 0 in each document")
         if not np.isfinite(weights).all() or (weights < 0).any():
             raise ValueError("weights must be finite and not negative")
-        if weights[bounds[1:][np.diff(bounds) > 0] - 1].any():
+        last = bounds[1:][np.diff(bounds) > 0] - 1 - here.start
+        if weights[last[(last >= 0) & (last < size)]].any():
             raise ValueError("a document's last position has no label, so its weight must be 0")
         if not np.array_equal(self.label_positions.numpy(), np.flatnonzero(weights)):
             raise ValueError("label_positions must be where weights is not 0")
@@ -86,6 +97,28 @@ class PackedBatch:
     def documents(self) -> int:
         """Number of real documents."""
         return len(self.lengths)
+
+    def cut(self, part: int, parts: int) -> "PackedBatch":
+        """One of the equal slices of a whole pack, for whoever computes only that one.
+
+        A document may begin in one slice and end in another: its positions go on counting.
+
+        Args:
+            part: which slice, from 0.
+            parts: their number; divides T.
+
+        Raises:
+            ValueError: it does not, or this is no whole pack.
+        """
+        size, rest = divmod(len(self.tokens), parts)
+        if rest or self.parts != 1:
+            raise ValueError(f"a pack of {len(self.tokens)} tokens in {self.parts} parts cannot be cut into {parts}")
+        begin, end = size * part, size * (part + 1)
+        first, last = np.searchsorted(self.label_positions.numpy(), (begin, end))
+        names = ("tokens", "labels", "weights", "positions", "sources")
+        slices: dict[str, Any] = {name: getattr(self, name)[begin:end] for name in names}
+        slices["label_positions"] = self.label_positions[first:last] - begin
+        return replace(self, **slices, part=part, parts=parts)
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """Copy all tensors to a device; from pinned memory without waiting for the copy."""

@@ -9,6 +9,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -66,6 +67,8 @@ def _mark(data: StepData) -> str:
 class Batches:
     """One rank's batches of each step, and where every row went.
 
+    Where ranks share packs (`parallel.sequence`), they are given packs as one, and each its part of them.
+
     Args:
         settings: The run's.
         prepared: Its conversations; of a streamed run those that validate.
@@ -89,6 +92,9 @@ class Batches:
             len(prepared.sources), data.pack_tokens, data.pack_documents, settings.train.loss_norm, cost(config)
         )
         self._prepared, self._ranks = prepared, ranks
+        parts = settings.parallel.sequence
+        self._among = ranks.rank // parts, ranks.world_size // parts
+        self._part = ranks.rank % parts, parts
         self._validation = Validation(prepared.validation, maker)
         self.schedule: Schedule | None = None
         self.shares: dict[str, float] = {}
@@ -138,14 +144,20 @@ class Batches:
         """Have a step's batches made, in the order of the steps."""
         if isinstance(self._steps, Stream):
             return partial(self._agreed, step, self._pool.submit(self._attempt, step))
-        return self._pool.submit(self._steps.step, step, self._ranks.rank, self._ranks.world_size).result
+        return self._pool.submit(self._own, step).result
 
     def _attempt(self, step: int) -> Attempt[StepData]:
         """Read a step from the stream and tell the other ranks how it went, so that no one trains where one cannot."""
         # This rank has heard from all of the step before, so all of them have settled the one before that.
         self._ranks.forget(self._told(step - 2))
-        read = partial(self._steps.step, step, self._ranks.rank, self._ranks.world_size)
-        return self._ranks.attempt(self._told(step), read, _mark)
+        return self._ranks.attempt(self._told(step), partial(self._own, step), _mark)
+
+    def _own(self, step: int) -> StepData:
+        return self._cut(self._steps.step(step, *self._among))
+
+    def _cut(self, data: StepData) -> StepData:
+        """This rank's part of the packs that it shares with others."""
+        return replace(data, micro_batches=[batch.cut(*self._part) for batch in data.micro_batches])
 
     def _told(self, step: int) -> str:
         """What a step's reading is called among the ranks; a step that is read again has another name."""
@@ -170,7 +182,7 @@ class Batches:
 
     def validation(self) -> StepData:
         """This rank's part of the validation."""
-        return self._validation.batches(self._ranks.rank, self._ranks.world_size)
+        return self._cut(self._validation.batches(*self._among))
 
     def ledger(self, steps: int, refused: list[int]) -> Ledger:
         """Where every row went, down to what has been trained.

@@ -2,8 +2,8 @@
 
     step-00000200/manifest.json   every file with its size and SHA-256
                   state.json      what a step depends on beside weights and moments: `TrainState`
-                  weights/        sharded, float32 (torch's distributed checkpoint)
-                  optimizer/      sharded: Adam's moments and counts
+                  weights/        sharded, as the model has them: float32 or bfloat16 (torch's distributed checkpoint)
+                  optimizer/      sharded: Adam's moments and counts, and what bfloat16 weights lack of their masters
                   random/         the states of each rank's random generators
                   stream.npz      how far streamed sources were read
                   pin             where it bears a name, which pruning spares; by hand: echo NAME > …/pin
@@ -84,7 +84,10 @@ class TrainState:
     total_steps: int = 0
     """Steps of the run when it was saved: the horizon of the learning rate."""
     recent: list[list[float]] = field(default_factory=list)
-    """Loss and gradient norm of the last applied steps, which tell a spike."""
+    """Loss and gradient norm of the last applied steps but the newest, by which the next step is judged."""
+    newest: list[float] = field(default_factory=list)
+    """Those of step `step`, by which the step after the next one is judged: results are read a step late. Empty where
+    its update was refused."""
     stepped_over: list[int] = field(default_factory=list)
     """Steps whose update is left out since they went wrong once."""
     owed: list[str] = field(default_factory=list)

@@ -42,11 +42,14 @@ from data.packing import PACKINGS
 from data.sources import SourceConfig
 from magnum_train.distributed import ElsewhereError, HostError, launch
 from magnum_train.errors import CheckpointError, ConfigError, LostRankError, UserError
+from magnum_train.fp8 import RECIPES
+from magnum_train.recompute import layer_modes
 from model import TransformerConfig
 
 Schema = TypeVar("Schema")
 CONF = Path(__file__).resolve().parent.parent / "conf"
 _GROUPS = ("experiment", "model", "data", "era")
+PRECISIONS = ("auto", "float32", "bf16_mixed", "bf16_split", "bf16_stochastic")
 
 
 def _choice(key: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -89,7 +92,8 @@ class ModelConfig:
     rope_theta: float | None = 1_000_000.0
     """Base of the rotary wavelengths; Nemo's is a million, for long contexts."""
     attention: str = "auto"
-    """Attention kernel: auto, sdpa, varlen or flash_attn. `auto` takes what the device runs, and says which."""
+    """Attention kernel: auto, sdpa, varlen, varlen_fa3, varlen_fa4, cudnn or flash_attn. On a GPU each is checked at
+    start, and auto takes the fastest of those that are right, a resumed run the one that it began with."""
 
     def transformer(self) -> TransformerConfig:
         """The architecture alone, checked."""
@@ -238,7 +242,8 @@ class StepConfig:
     threads: int | None = None
     """CPU threads of a process; null shares the host's cores among its processes (torchrun alone sets one)."""
     deterministic: bool = False
-    """Deterministic kernels, so that a resumed run is bit-identical on a GPU too. CPU runs always are."""
+    """Deterministic kernels, so that a resumed run is bit-identical on a GPU too; the start says what attention's cost.
+    CPU runs always are."""
     export_at_end: bool = False
     """At the end, write the last checkpoint as a folder that servers load, in bfloat16: RUN/exports/step-…"""
     collect_garbage_every_steps: int = 100
@@ -258,8 +263,16 @@ class StepConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW, and the learning rate as a function of the step."""
+    """The optimizer, and the learning rate as a function of the step."""
 
+    name: str = "adamw"
+    """adamw; adamw8bit, torchao's, to compare with; or the dotted name of a class of torch's form, called with groups
+    of parameters, lr and options. One that does not obey `found_inf` makes the host wait once a step."""
+    moments: str = "float32"
+    """How adamw stores its two moments: float32, bf16, or int8 (codes of 8 bits, an exponent for each 256 of a row).
+    What is less than float32 is rounded by chance, reproducibly; norms have float32 moments in any case."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of adamw8bit or of the named class, recorded with the run: +optim.options.NAME=VALUE."""
     lr: float = 1e-5
     """Peak learning rate. Nemo's neighbours used 5e-6 to 1e-5 for full-parameter tuning."""
     schedule: str = "cosine"
@@ -282,6 +295,13 @@ class OptimConfig:
     """Decay norms and embeddings too; they are spared otherwise."""
 
     def __post_init__(self) -> None:
+        if self.name not in ("adamw", "adamw8bit") and "." not in self.name:
+            raise ConfigError("optim.name", repr(self.name), "adamw, adamw8bit, or a class such as torch.optim.SGD")
+        _choice("optim.moments", self.moments, ("float32", "bf16", "int8"))
+        if self.name == "adamw" and self.options:
+            raise ConfigError("optim.options", ", ".join(self.options), "nothing, with optim.name=adamw")
+        if self.name != "adamw" and self.moments != "float32":
+            raise ConfigError("optim.moments", self.moments, "float32, with an optimizer that has moments of its own")
         _choice("optim.schedule", self.schedule, ("cosine", "linear", "constant", "wsd"))
         _above("optim.lr", self.lr, 0)
         _above("optim.eps", self.eps, 0)
@@ -300,14 +320,31 @@ class ParallelConfig:
 
     replicate: int = 1
     """Copies of the sharded model; ranks = replicate x shard. 1 shards over all ranks."""
+    sequence: int = 1
+    """Ranks that train a pack together, each on its part of the tokens, for conversations too long for one; divides the
+    key-value heads, the ranks of a replica and data.pack_tokens. 1: each rank has packs of its own."""
     activation_checkpointing: str = "none"
-    """none keeps all activations; full keeps each block's input and computes the block again in backward."""
+    """none keeps all activations; lean computes all but matrix products and attention again in the backward, mlp also
+    the feed-forward's two wide products, full the whole block. "mlp:12,lean": 12 layers mlp, the rest lean. auto takes
+    the least that fits into a GPU's memory, by the formula of `budget.py`; on a CPU none."""
+    compile: bool | None = None
+    """Compile the blocks, one graph for all of them; takes a minute at start. null: on a GPU, where attention is varlen
+    or flash_attn."""
+    fp8: str = "none"
+    """Make the blocks' matrix products in 8-bit floating point, through torchao: tensorwise scales each matrix, rowwise
+    each of its rows. Other numbers than without, on Ada, Hopper and newer GPUs."""
     reshard_after_forward: bool = True
     """Free a block's gathered weights after its forward; false trades memory for one all-gather less."""
 
     def __post_init__(self) -> None:
-        _choice("parallel.activation_checkpointing", self.activation_checkpointing, ("none", "full"))
+        try:
+            if self.activation_checkpointing != "auto":
+                layer_modes(self.activation_checkpointing)
+        except ValueError as error:
+            raise ConfigError.of(error) from error
         _above("parallel.replicate", self.replicate, 1, equal=True)
+        _above("parallel.sequence", self.sequence, 1, equal=True)
+        _choice("parallel.fp8", self.fp8, RECIPES)
 
 
 @dataclass(frozen=True)
@@ -471,7 +508,8 @@ class TrainConfig:
     seed: int = 1
     """Seeds initial weights, the order of data and the packing, each by a stream of its own."""
     precision: str = "auto"
-    """float32, or bf16_mixed: float32 masters and moments, bf16 compute. auto: bf16_mixed on a GPU, else float32."""
+    """float32; or with bf16 compute: bf16_mixed, float32 masters; bf16_split, the same masters, half of each being the
+    bf16 parameter; bf16_stochastic, no masters, rounded by chance. auto: bf16_mixed on a GPU, else float32."""
     model: ModelConfig = field(default_factory=ModelConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -489,7 +527,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _above("seed", self.seed, 0, equal=True)
-        _choice("precision", self.precision, ("auto", "float32", "bf16_mixed"))
+        _choice("precision", self.precision, PRECISIONS)
+        masters = ("auto", "float32", "bf16_mixed")
+        knows = {"adamw": PRECISIONS, "adamw8bit": (*masters, "bf16_stochastic")}.get(self.optim.name, masters)
+        _choice(f"precision, with optim.name={self.optim.name}", self.precision, knows)
         if self.tokenizer.path is None and self.model.weights is None and self.tokenizer.vocab_size is None:
             raise ConfigError(
                 "tokenizer.path", "nothing", "a tokenizer.json or a Tekken file",
@@ -502,6 +543,20 @@ class TrainConfig:
                 "guard.compare_replicas_every_steps", "a number, with parallel.replicate=1",
                 "at least two copies of the model to compare", "Set parallel.replicate, or leave this null.",
             )  # fmt: skip
+        if self.data.pack_tokens % self.parallel.sequence:
+            parts = -(-self.data.pack_tokens // self.parallel.sequence)
+            raise ConfigError(
+                "data.pack_tokens", f"{self.data.pack_tokens:,}",
+                f"a multiple of parallel.sequence = {self.parallel.sequence}",
+                f"Try data.pack_tokens={parts * self.parallel.sequence}.",
+            )  # fmt: skip
+        if self.optim.name == "adamw8bit" and self.checkpoint.asynchronous:
+            raise ConfigError(
+                "checkpoint.asynchronous",
+                "true, with optim.name=adamw8bit",
+                "false",
+                "Its states cannot be copied aside.",
+            )
         if self.tokenizer.append and self.model.weights is None:
             raise ConfigError("tokenizer.append", "true without model.weights", "weights whose matrices are to grow")
         if self.train.tokens_per_step % self.data.pack_tokens:
@@ -607,6 +662,7 @@ RESUMABLE = (
 
 _ALIASES = {
     "learning_rate": "optim.lr", "lr": "optim.lr", "weight_decay": "optim.weight_decay",
+    "optimizer": "optim.name", "optim": "optim.name",
     "lr_scheduler": "optim.schedule", "lr_scheduler_type": "optim.schedule", "scheduler": "optim.schedule",
     "warmup_steps": "optim.warmup_ratio", "warmup_ratio": "optim.warmup_ratio", "warmup": "optim.warmup_ratio",
     "min_lr": "optim.min_lr_ratio", "adam_beta1": "optim.beta1", "adam_beta2": "optim.beta2",
@@ -621,6 +677,8 @@ _ALIASES = {
     "max_grad_norm": "train.max_grad_norm", "gradient_clipping": "train.max_grad_norm",
     "save_steps": "checkpoint.every_steps", "save_total_limit": "checkpoint.keep_last",
     "eval_steps": "validation.every_steps", "gradient_checkpointing": "parallel.activation_checkpointing",
+    "sequence_parallel_degree": "parallel.sequence", "context_parallel_size": "parallel.sequence",
+    "torch_compile": "parallel.compile", "compile": "parallel.compile", "fp8": "parallel.fp8",
     "bf16": "precision", "dtype": "precision", "attn_implementation": "model.attention",
     "flash_attention": "model.attention", "dataset_prepared_path": "data.prepared_dir",
     "base_model": "model.weights", "model_name_or_path": "model.weights", "pretrained": "model.weights",

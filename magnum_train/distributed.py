@@ -244,6 +244,8 @@ class Ranks:
     """Gloo, for what ranks agree on beside the training; its limit is `timeout_seconds`."""
     saving: ProcessGroup
     """Gloo, for the thread that writes checkpoints alone; its limit is `save_timeout_seconds`."""
+    sequence: ProcessGroup | None = None
+    """This rank and its neighbours that train the same packs, each a part of the tokens; None where none do."""
     _told: set[str] = field(default_factory=set)
     """Names that have been used."""
 
@@ -411,9 +413,10 @@ def start(
     replicate: int,
     threads: int | None,
     deterministic: bool,
+    sequence: int = 1,
     save_timeout_seconds: int = 3600,
 ) -> Iterator[Ranks]:
-    """Bring up this run's process group and its (replicate, shard) mesh, and take them down at the end.
+    """Bring up this run's process groups and its (replicate, shard) mesh, and take them down at the end.
 
     From here on a rank that is lost or hangs ends all of them (`watch.py`). An error that passes through is told to the
     other ranks where it is this one's own, and replaced where it only reflects that another is gone.
@@ -423,15 +426,25 @@ def start(
         replicate: Copies of the sharded model; divides the number of ranks.
         threads: CPU threads of this process; None shares the host's cores among its processes.
         deterministic: Whether kernels must give the same bits every time.
+        sequence: Ranks that train the same packs; divides the shards. Neighbours, so that they are on one host.
         save_timeout_seconds: Longest wait of the thread that writes a checkpoint for another rank's.
 
     Raises:
-        ConfigError: If `replicate` does not divide the ranks, or a host has fewer GPUs than processes.
+        ConfigError: If `replicate` does not divide the ranks or `sequence` the shards, or a host has fewer GPUs than
+            processes.
         LostRankError: If another rank was lost, hung or failed. The process must end then.
     """
     me = launch()
     if me.world_size % replicate:
         raise ConfigError("parallel.replicate", str(replicate), f"a divisor of the {me.world_size} ranks")
+    shards = me.world_size // replicate
+    if shards % sequence:
+        fitting = max(n for n in range(1, sequence) if shards % n == 0)
+        of_what = "ranks" if replicate == 1 else f"ranks of a replica (parallel.replicate={replicate})"
+        raise ConfigError(
+            "parallel.sequence", str(sequence), f"a divisor of the {shards} {of_what}",
+            f"Try parallel.sequence={fitting}, or other ranks.",
+        )  # fmt: skip
     cuda = torch.cuda.is_available()
     device = _gpu(me) if cuda else torch.device("cpu")
     if cuda:
@@ -463,13 +476,17 @@ def start(
             world_size=me.world_size,
             timeout=limit,
         )
-        shape = (replicate, me.world_size // replicate)
-        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+        mesh = init_device_mesh(device.type, (replicate, shards), mesh_dim_names=("replicate", "shard"))
+        sharing = None
+        if sequence > 1:  # a group of its own also where it is all ranks: FSDP's gathers must not keep it waiting
+            for first in range(0, me.world_size, sequence):  # every rank takes part in making every group
+                group = dist.new_group(list(range(first, first + sequence)), timeout=limit)
+                sharing = group if first <= me.rank < first + sequence else sharing
         control = dist.new_group(backend="gloo", timeout=limit)
         saving = dist.new_group(backend="gloo", timeout=timedelta(seconds=save_timeout_seconds))
         watch.meet()
         watch.phase("setting up", limited=False)
-        yield Ranks(me, device, mesh, PrefixStore("ours", store), watch, control, saving)
+        yield Ranks(me, device, mesh, PrefixStore("ours", store), watch, control, saving, sharing)
         watch.phase("ending")
     except ElsewhereError:
         watch.phase("ending")

@@ -58,13 +58,13 @@ class FlightRecorder:
         """Write down a step, on this rank's part of the disk before the next one begins.
 
         A full disk is not the end of a run: what cannot be written waits for the next step. After a roll-back the same
-        steps come again, as another attempt.
+        steps come again, as another attempt. Of ranks that share a pack, the one that has its beginning names its rows.
 
         Args:
             row: The step's row for metrics.jsonl; step, loss, grad_norm, lr, applied and step_seconds are taken.
             data: The step's, on the host.
-            row_losses: The loss of each document slot of each of this rank's micro-batches, [N] each, from which the
-                host reads.
+            row_losses: For each of this rank's micro-batches Σ weight × cross-entropy and Σ weight of each document
+                slot of the whole pack, [2, N], from which the host reads.
 
         Raises:
             RunError: Nothing could be written for 50 steps.
@@ -84,7 +84,7 @@ class FlightRecorder:
             "packs": [
                 self._documents(batch, data.rows[number], own)
                 for batch, number, own in zip(data.micro_batches, data.packs, losses, strict=True)
-                if number >= 0
+                if number >= 0 and batch.part == 0
             ],
         }
         self._waiting.append(json.dumps(entry).encode() + b"\n")
@@ -111,14 +111,13 @@ class FlightRecorder:
                 self._folder.rmdir()
 
     def _documents(
-        self, batch: PackedBatch, rows: NDArray[np.int64], losses: NDArray[np.float32]
+        self, batch: PackedBatch, rows: NDArray[np.int64], losses: NDArray[np.float64]
     ) -> list[list[str | int | float | None]]:
         """A pack's documents: source, row, tokens and loss; None where a document has no weight and so no loss."""
-        labels = np.diff(np.searchsorted(batch.label_positions.numpy(), batch.cu_seqlens.numpy())).tolist()
-        columns = rows.tolist(), batch.lengths, losses.tolist(), labels  # the last two go on over padding
+        columns = rows.tolist(), batch.lengths, losses.T.tolist()  # the last goes on over padding
         return [
-            [self._sources[source], row, tokens, _number(loss) if count else None]
-            for (source, row), tokens, loss, count in zip(*columns, strict=False)
+            [self._sources[source], row, tokens, _number(total / weight) if weight else None]
+            for (source, row), tokens, (total, weight) in zip(*columns, strict=False)
         ]
 
     def _write(self, line: bytes) -> None:

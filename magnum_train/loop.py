@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 from torch.profiler import profile
 
 from data import PackedBatch
@@ -27,16 +28,17 @@ from magnum_train import checkpoint, config, distributed, guard, metrics, replic
 from magnum_train.batches import Batches
 from magnum_train.chat import Prompt, reply_text
 from magnum_train.checkpoint import TrainState
-from magnum_train.config import TrainConfig
+from magnum_train.config import GuardConfig, TrainConfig
 from magnum_train.distributed import Ranks
 from magnum_train.errors import CheckpointError, RunError
 from magnum_train.flight import FlightRecorder
+from magnum_train.fp8 import mfu_name
 from magnum_train.optim import learning_rate
 from magnum_train.parallelize import measured_dtypes
 from magnum_train.run_folder import size_text, write
 from magnum_train.saver import Saver
 from magnum_train.signals import Stop
-from magnum_train.step import forward, losses_by_source, train_step
+from magnum_train.step import StepResult, forward, losses_by_source, train_step
 from model import Transformer
 from model.flops import train_flops
 from model.generate import generate
@@ -82,6 +84,13 @@ class Run:
     """The step that the last roll-back was for."""
     told_to_stop: bool = False
     """Whether a signal has reached any rank."""
+    last_read: float = 0.0
+    """When the results of a step were last read, by `time.perf_counter`."""
+
+    @property
+    def overlaps(self) -> int:
+        """How many steps the results may lie behind what the device has been given: one, where there is a device."""
+        return int(self.ranks.device.type == "cuda")
 
     def __post_init__(self) -> None:
         self.skipped = metrics.Lines(self.run_dir / "skipped.jsonl")
@@ -128,30 +137,39 @@ def loop(run: Run, record: metrics.Metrics) -> Ending:
             validate(run, record)
         if "samples" in run.state.owed:
             sample(run, record)
+        waiting: list[Launched] = []  # at most one, and none on a CPU, which has nothing to do meanwhile
         for step in range(first + 1, total + 1):
             try:
                 with profiled(run, step):
-                    row, to_go_back = one_step(run, step, peak)
+                    waiting.append(launch(run, step))
             except Exception:  # of any kind; raised again below
                 # A stream that fails, such as a hub that went away, need not cost the steps since the last checkpoint.
                 if run.batches.failed:
+                    while waiting:
+                        account_for(run, record, waiting.pop(0), peak)
                     if run.state.step > run.saver.newest:
                         save(run, record)
                     run.saver.wait()
                     run.terminal.say(f"step {run.state.step}: saved, since reading on failed")
                 raise
-            record.write(row)
-            if to_go_back:
-                return Ending.ROLL_BACK
-            stop_if_refused_too_often(run)
             seconds = (time.perf_counter() - begun) / (step - first)
-            run.terminal.step(row, seconds * (total - step))
-            if step == first + 1:
-                run.terminal.say(f"measured: {measured_dtypes(run.model, run.optimizer)}")
-                run.saver.reserve(run.model, run.optimizer)
+            while len(waiting) > run.overlaps:
+                if account_for(run, record, waiting.pop(0), peak, seconds):
+                    return Ending.ROLL_BACK
             stopping, minutes_are_up = agreed(run, last_save, seconds)
             validates = due(step, settings.validation.every_steps, total)
             samples = due(step, settings.samples.every_steps, total)
+            names = run.names.get(step, ())
+            regular = due(step, settings.checkpoint.every_steps, total) or minutes_are_up or stopping or step == total
+            compares = settings.guard.compare_replicas_every_steps
+            compared = due(step, compares, total) or (compares is not None and (regular or names))
+            if regular or names or validates or samples or compared or step == first + 1:  # it is as of this step
+                while waiting:
+                    if account_for(run, record, waiting.pop(0), peak, seconds):
+                        return Ending.ROLL_BACK
+            if step == first + 1:
+                run.terminal.say(f"measured: {measured_dtypes(run.model, run.optimizer)}")
+                run.saver.reserve(run.model, run.optimizer)
             if stopping:  # what would keep the save waiting is made up for by the next start
                 left_out = [("validation", validates), ("samples", samples)]
                 run.state = replace(run.state, owed=[what for what, is_due in left_out if is_due])
@@ -160,10 +178,7 @@ def loop(run: Run, record: metrics.Metrics) -> Ending:
                     validate(run, record)
                 if samples:
                     sample(run, record)
-            names = run.names.get(step, ())
-            regular = due(step, settings.checkpoint.every_steps, total) or minutes_are_up or stopping or step == total
-            compares = settings.guard.compare_replicas_every_steps
-            if due(step, compares, total) or (compares is not None and (regular or names)):  # nothing odd is saved
+            if compared:  # nothing odd is saved
                 run.ranks.watch.phase("comparing replicas", step)
                 replicas.compare(run.model, run.ranks, step)
             if regular or names:
@@ -180,6 +195,32 @@ def loop(run: Run, record: metrics.Metrics) -> Ending:
     finally:
         run.terminal.end()
         gc.enable()
+
+
+def account_for(
+    run: Run, record: metrics.Metrics, launched: "Launched", peak: float | None, seconds: float = 0.0
+) -> bool:
+    """Read a step's results and record them.
+
+    Args:
+        run: The run; the step is then one of those done.
+        record: Gets the step's row.
+        launched: The step.
+        peak: Operations a second that the device can do; None where nobody knows.
+        seconds: What a step takes, for the time left.
+
+    Returns:
+        Whether the run is to go back.
+
+    Raises:
+        RunError: Too many updates have been refused.
+    """
+    row, to_go_back = read(run, launched, peak)
+    record.write(row)
+    if not to_go_back:
+        stop_if_refused_too_often(run)
+        run.terminal.step(row, seconds * (run.batches.total_steps - launched.step))
+    return to_go_back
 
 
 def agreed(run: Run, last_save: float, step_seconds: float) -> tuple[bool, bool]:
@@ -275,35 +316,88 @@ def due(step: int, every: int | None, total: int) -> bool:
     return every is not None and (step % every == 0 or step == total)
 
 
-def one_step(run: Run, step: int, peak: float | None) -> tuple[dict[str, object], bool]:
-    """Train one step, say what it gave and cost as a row of metrics.jsonl, and judge it.
+@dataclass(frozen=True)
+class Launched:
+    """A step that the device has been given, and what the host knows of it. Its results may not be there yet."""
 
-    Returns:
-        The row, and whether the run is to go back to its newest checkpoint.
+    step: int
+    data: StepData
+    lr: float
+    limits: guard.Limits
+    left_out: bool
+    data_seconds: float
+    result: StepResult
+    begun: float
+    """When the host turned to it, by `time.perf_counter`."""
+    ready: torch.cuda.Event | None
+    """Passed by the device when the results have reached the host; None on a CPU."""
+
+
+def launch(run: Run, step: int) -> Launched:
+    """Give the device a step, without waiting for it.
+
+    The results of the step before may still be under way, so the limits go by those before that one; always, that a
+    start which has read them decides alike.
     """
-    settings, ranks = run.settings, run.ranks
+    settings, ranks, state = run.settings, run.ranks, run.state
     begin = time.perf_counter()
     ranks.watch.phase("data", step)
     data = run.batches.step(step - 1)
     batches = [on_device(batch, ranks.device) for batch in data.micro_batches]
     data_seconds = time.perf_counter() - begin
     lr = learning_rate(step, run.batches.total_steps, settings.optim)
-    limits = guard.limits(run.state.recent, settings.guard, len(data.rows) / settings.packs_per_step)
-    left_out = step in run.state.stepped_over
+    known = state.recent if state.step == step - 1 else with_newest(state, settings.guard)
+    limits = guard.limits(known, settings.guard, len(data.rows) / settings.packs_per_step)
+    left_out = step in state.stepped_over
     result = train_step(
         run.model, run.optimizer, watched(run, step, batches),
         weight_sum=data.weight_sum, n_sources=len(run.prepared.sources), lr=lr,
         max_grad_norm=settings.train.max_grad_norm,
-        limits=guard.NO_LIMITS if settings.guard.spike == "warn" else limits, refuse=left_out,
+        limits=guard.NO_LIMITS if settings.guard.spike == "warn" else limits, refuse=left_out, sharers=ranks.sequence,
     )  # fmt: skip
+    if ranks.device.type != "cuda":
+        return Launched(step, data, lr, limits, left_out, data_seconds, result, begin, None)
+    on_host = StepResult(*(to_host(part) for part in result))  # type: ignore[arg-type]
+    ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    ready.record()
+    return Launched(step, data, lr, limits, left_out, data_seconds, on_host, begin, ready)
+
+
+def with_newest(state: TrainState, settings: GuardConfig) -> list[list[float]]:
+    """Loss and gradient norm of the last applied steps, the newest among them."""
+    if not state.newest:
+        return state.recent
+    loss, grad_norm = state.newest
+    return guard.remembered(state.recent, loss, grad_norm, settings)
+
+
+def to_host(part: torch.Tensor | list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
+    """A copy in page-locked memory that the device makes when it gets there."""
+    if isinstance(part, list):
+        return [tensor.to("cpu", non_blocking=True) for tensor in part]
+    return part.to("cpu", non_blocking=True)
+
+
+def read(run: Run, launched: Launched, peak: float | None) -> tuple[dict[str, object], bool]:
+    """Wait for a step's results, say what it gave and cost as a row of metrics.jsonl, and judge it.
+
+    Returns:
+        The row, and whether the run is to go back to its newest checkpoint.
+    """
+    settings, ranks, state = run.settings, run.ranks, run.state
+    data, step, result, limits = launched.data, launched.step, launched.result, launched.limits
+    if launched.ready is not None:
+        launched.ready.synchronize()
     loss, grad_norm, applied = result.loss.item(), result.grad_norm.item(), bool(result.applied.item())
-    seconds = time.perf_counter() - begin
-    state = run.state
+    now = time.perf_counter()
+    seconds = now - max(launched.begun, run.last_read)  # steps overlap: from result to result
+    run.last_read = now
     run.state = replace(
         state,
         step=step,
         refused=state.refused + [step] * (not applied),
-        recent=guard.remembered(state.recent, loss, grad_norm, settings.guard) if applied else state.recent,
+        recent=with_newest(state, settings.guard),
+        newest=[loss, grad_norm] if applied else [],
         owed=[],
     )
     flops = train_flops(settings.model.transformer(), data.lengths.tolist(), data.weighted_tokens)
@@ -312,28 +406,28 @@ def one_step(run: Run, step: int, peak: float | None) -> tuple[dict[str, object]
         "epoch": data.epoch + 1,
         "loss": loss,
         "grad_norm": grad_norm,
-        "lr": lr,
+        "lr": launched.lr,
         "tokens": data.tokens,
         "weighted_tokens": data.weighted_tokens,
         "documents": data.documents,
         "fill": data.fill,
         "step_seconds": seconds,
-        "data_seconds": data_seconds,
+        "data_seconds": launched.data_seconds,
         "tokens_per_second": data.tokens / seconds,
-        "mfu": flops / seconds / (peak * ranks.world_size) if peak else None,
+        mfu_name(settings.parallel.fp8): flops / seconds / (peak * ranks.world_size) if peak else None,
         "peak_memory_gib": metrics.peak_memory_gib(ranks.device),
         "applied": applied,
         "loss_by_source": by_source(run, result.source_losses, data),
     }
     run.recorder.record(row, data, result.row_losses)
-    wrong = "left out after a roll-back" if left_out else guard.verdict(loss, grad_norm, limits)
+    wrong = "left out after a roll-back" if launched.left_out else guard.verdict(loss, grad_norm, limits)
     if not applied:
         refuse(run, data, loss, grad_norm, wrong or "above its limit")
     elif wrong is not None:
         run.note(f"{wrong}; the update was applied, as guard.spike={settings.guard.spike} asks")
     finite = math.isfinite(loss) and math.isfinite(grad_norm)
     action = settings.guard.spike if finite else settings.guard.nonfinite
-    goes_back = not applied and not left_out and action == "roll_back"
+    goes_back = not applied and not launched.left_out and action == "roll_back"
     if goes_back and not run.saver.newest:
         run.note("there is no checkpoint to go back to yet: the update was refused, and the run goes on")
     return row, goes_back and run.saver.newest > 0
@@ -399,6 +493,8 @@ def validate(run: Run, record: metrics.Metrics) -> None:
     run.terminal.say(f"step {step}: validation loss {loss:.4f} ({named})")
 
 
+# Lengths change with every token, and each would be compiled.
+@torch.compiler.set_stance("force_eager")  # type: ignore[untyped-decorator, unused-ignore]
 def sample(run: Run, record: metrics.Metrics) -> None:
     """Answer the fixed prompts; every rank runs the same forwards, and rank 0's tokens decide when to stop."""
     options, data, step = run.settings.samples, run.settings.data, run.state.step
@@ -465,6 +561,9 @@ def restore(run: Run, found: TrainState, occasion: str) -> None:
     checkpoint.load(folder, run.model, run.optimizer)
     run.ranks.together(f"restore batches, {occasion}", lambda: run.batches.restore(folder, found.step))
     checkpoint.restore_random_states(folder, found, run.settings.seed, run.ranks)
+    for part in run.model.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()  # some weights stay gathered after a forward, and those are the old ones
     run.saver.newest = found.step
     run.state = replace(
         found, choices=now.choices, total_steps=now.total_steps, saved_on=now.saved_on, settings=now.settings

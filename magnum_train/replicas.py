@@ -29,7 +29,7 @@ def compare(model: nn.Module, ranks: Ranks, step: int) -> None:
     bytes for each parameter and rank, so that all come to the same end without asking again.
 
     Args:
-        model: Under FSDP over `ranks.mesh`; its parameters are float32.
+        model: Under FSDP over `ranks.mesh`; its parameters are float32 or bfloat16.
         ranks: This process among the others.
         step: The last one done, for the message.
 
@@ -80,8 +80,8 @@ def outliers(values: Sequence[int]) -> tuple[list[int], bool]:
 
 
 def _digest(local: Tensor) -> Tensor:
-    """Sum of the bits of float32 values, each 32 of them read as an integer; scalar int64."""
-    bits = local.detach().contiguous().view(torch.int32).flatten()
+    """Sum of the bits of values, each one's read as an integer; scalar int64."""
+    bits = local.detach().contiguous().view({2: torch.int16, 4: torch.int32}[local.dtype.itemsize]).flatten()
     return torch.stack([part.sum(dtype=torch.int64) for part in torch.split(bits, SLICE)]).sum()
 
 

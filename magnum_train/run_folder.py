@@ -17,12 +17,13 @@ from pathlib import Path
 from magnum_train.config import TrainConfig
 from magnum_train.distributed import Ranks
 from magnum_train.errors import CheckpointError, ConfigError
+from magnum_train.optim import stored_bytes
 from model.hf import NO_LOCKS, remove_abandoned, sync_to_disk, try_lock
 
 LOCK = ".lock"
 """Locked while a run goes on. The file stays where a run was killed, and means nothing: the lock counts."""
-FULL_BYTES, ROUNDED_BYTES = 12, 2
-"""Of one parameter: float32 with Adam's two moments, and bfloat16."""
+ROUNDED_BYTES = 2
+"""Of one parameter in bfloat16."""
 TRIAL_BYTES = 2**26
 """Most that a rank writes to find out how fast the folder is."""
 
@@ -233,7 +234,7 @@ def disk(
     before = _kept(settings, sorted(saved - {total_steps}), pinned)
     after = _kept(settings, sorted(saved), pinned)
     rounded = {f"{alone:,} of weights alone": alone} if alone else {}
-    full, export = FULL_BYTES * parameters, ROUNDED_BYTES * parameters
+    full, export = checkpoint_bytes(settings, parameters), ROUNDED_BYTES * parameters
     if sum(after.values()) > sum(before.values()) and settings.train.export_at_end:
         counted, peak = {**after, **rounded, "an export": 1}, full * sum(after.values()) + export
     else:
@@ -251,6 +252,16 @@ def disk(
         free=free,
         copy=-(-full // shards) if config.asynchronous else 0,
     )
+
+
+def checkpoint_bytes(settings: TrainConfig, parameters: int) -> int:
+    """What one complete checkpoint of a run takes: its parameters and the optimizer's states.
+
+    Args:
+        settings: The run's.
+        parameters: Of the model.
+    """
+    return round(stored_bytes(settings.precision, settings.optim) * parameters)
 
 
 def _kept(settings: TrainConfig, saved: list[int], pinned: set[int]) -> dict[str, int]:

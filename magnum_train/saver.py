@@ -35,7 +35,7 @@ from magnum_train.config import CheckpointConfig
 from magnum_train.distributed import Ranks
 from magnum_train.errors import RunError
 from magnum_train.metrics import validation_losses
-from magnum_train.run_folder import FULL_BYTES, ROUNDED_BYTES, clear_away, size_text
+from magnum_train.run_folder import clear_away, size_text
 from model.hf import sync_to_disk
 
 Result = TypeVar("Result")
@@ -189,7 +189,7 @@ class Saver:
         stall = time.perf_counter() - begun
         task = _Task(
             final=path_of(self._run_dir, state.step, alone=alone),
-            need=(ROUNDED_BYTES if alone else FULL_BYTES) * sum(parameter.numel() for parameter in model.parameters()),
+            need=_whole_bytes(shards),
             shards=shards,
             small=small,
             names=names,
@@ -342,6 +342,13 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict
     """Weights and moments of this rank, by the folder that they are written in."""
     weights, moments = get_state_dict(model, optimizer)
     return {"weights": {"model": weights}, "optimizer": {"optimizer": moments}}
+
+
+def _whole_bytes(state: Any) -> int:
+    """Bytes of all tensors in a state, those of other ranks included."""
+    if isinstance(state, torch.Tensor):
+        return state.numel() * state.dtype.itemsize  # the whole tensor's, where it is sharded
+    return sum(map(_whole_bytes, state.values())) if isinstance(state, dict) else 0
 
 
 def _reason(error: BaseException) -> str:

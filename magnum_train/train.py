@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from data import Tokenizer
 from data.prepared import Prepared, open_prepared
-from magnum_train import checkpoint, config, distributed, flight, metrics, run_folder
+from magnum_train import budget, checkpoint, config, distributed, flight, fp8, kernels, metrics, run_folder
 from magnum_train.batches import Batches
 from magnum_train.chat import read_prompts
 from magnum_train.checkpoint import TrainState
@@ -30,15 +31,16 @@ from magnum_train.errors import CheckpointError, ConfigError, UserError
 from magnum_train.export import export_newest
 from magnum_train.flight import FlightRecorder
 from magnum_train.loop import STEPPED_OVER, Ending, Run, go_back, loop, restore
-from magnum_train.optim import build_optimizer, learning_rate
+from magnum_train.optim import build_optimizer, learning_rate, parameter_dtype
 from magnum_train.parallelize import build, name_of
 from magnum_train.prepare import prepare_data
-from magnum_train.run_folder import read, write
+from magnum_train.recompute import layer_modes
+from magnum_train.run_folder import read, size_text, write
 from magnum_train.saver import Saver
+from magnum_train.sequence import check_heads
 from magnum_train.signals import Stop
 from magnum_train.weights import ORIGIN, Weights, architecture, find, origin_text
-from model import Transformer
-from model.attention import choose_backend
+from model import Transformer, TransformerConfig
 from model.flops import parameter_count
 
 GRACE_SECONDS = 30
@@ -58,6 +60,7 @@ def train(settings: TrainConfig) -> bool:
             timeout_seconds=settings.distributed.timeout_seconds,
             save_timeout_seconds=settings.checkpoint.timeout_seconds,
             replicate=settings.parallel.replicate,
+            sequence=settings.parallel.sequence,
             threads=settings.train.threads,
             deterministic=settings.train.deterministic,
         ) as ranks,
@@ -213,7 +216,8 @@ def assemble(
             f"{model_config.vocab_size:,}",
             f"at least the tokenizer's {prepared.tokenizer.vocab_size:,}",
         )
-    check_divisible(settings.packs_per_step, ranks.world_size, settings.data.pack_tokens)
+    check_heads(settings.parallel.sequence, model_config)
+    check_divisible(settings.packs_per_step, ranks.world_size, settings.data.pack_tokens, settings.parallel.sequence)
     batches = Batches(settings, prepared, model_config, ranks)
     prompts = []
     if settings.samples.every_steps is not None:
@@ -233,31 +237,43 @@ def assemble(
     epoch_ends = batches.epoch_ends() if settings.checkpoint.every_epochs is not None else []
     names = checkpoint_names(settings, batches.total_steps, epoch_ends)
     compute_dtype = torch.bfloat16 if bf16_compute(settings.precision, ranks.device) else torch.float32
-    attention = attention_backend(settings.model.attention, recorded, ranks.device.type, compute_dtype)
-    text = ranks.once("open", lambda: open_run_dir(settings, prepared, batches.total_steps, epoch_ends, ranks))
+    task = kernels.task_of(settings, model_config, batches, prepared, compute_dtype, ranks.device)
+    known = recorded.choices["attention"] if recorded else None
+    attention, tried = kernels.choose(settings, known, task, ranks, terminal.say)
+    tokens = settings.data.pack_tokens // settings.parallel.sequence
+    fp8.check(settings.parallel.fp8, model_config, tokens, ranks.device, compute_dtype)
+    text = ranks.once("open", lambda: open_run_dir(settings, prepared, batches.total_steps, epoch_ends, ranks, tried))
     read = any(account.rows["read"] for account in prepared.ledger.accounts.values())  # not where all is streamed
     for line in [prepared.ledger.render()] if read else prepared.ledger.remarks():
         terminal.say(line)
     terminal.say(plan_text(settings, batches, prepared, ranks))
     terminal.say(text)
-    save_seconds = expected_save_seconds(run_dir, parameter_count(model_config), ranks, terminal)
+    size = run_folder.checkpoint_bytes(settings, parameter_count(model_config))
+    save_seconds = expected_save_seconds(run_dir, size, ranks, terminal)
     terminal.say(
         f"{parameter_count(model_config):,} parameters, attention {attention}, compute in {name_of(compute_dtype)}, "
-        f"torch {torch.__version__}, {ranks.device.type}"
+        f"{fp8.told(settings.parallel.fp8)}torch {torch.__version__}, {ranks.device.type}"
     )
+    compiled = compiles(settings, attention, ranks.device)
+    modes, text = recomputation(settings, model_config, compute_dtype, compiled, ranks)
+    terminal.say(text)
     model = build(
         model_config,
         attention_backend=attention,
         mesh=ranks.mesh,
+        sequence=ranks.sequence,
         device=ranks.device,
         compute_dtype=compute_dtype,
-        activation_checkpointing=settings.parallel.activation_checkpointing,
+        activation_checkpointing=modes,
         reshard_after_forward=settings.parallel.reshard_after_forward,
+        compiled=compiled,
+        fp8=settings.parallel.fp8,
         seed=settings.seed if recorded is None and start is None else None,
+        parameter_dtype=parameter_dtype(settings.precision),
     )
     if start is not None:
         load_start(start, model, settings, prepared.tokenizer, ranks, terminal)
-    optimizer = build_optimizer(model, settings.optim)
+    optimizer = build_optimizer(model, settings.optim, settings.precision)
     now = TrainState(
         step=0,
         refused=[],
@@ -320,13 +336,15 @@ def still_owed(run_dir: Path, recorded: TrainState, prompts: int) -> list[str]:
 def circumstances(settings: TrainConfig, attention: str, ranks: Ranks) -> dict[str, str]:
     """What decides the last bits of a step beside the settings that may not change."""
     device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu"
-    shards = ranks.world_size // settings.parallel.replicate
+    shards, sharers = ranks.world_size // settings.parallel.replicate, settings.parallel.sequence
     return {
         "ranks": str(ranks.world_size),
-        "mesh": f"{settings.parallel.replicate} x {shards}",
+        "mesh": f"{settings.parallel.replicate} x {shards}" + (f", {sharers} to a pack" if sharers > 1 else ""),
         "device": device,
         "torch": torch.__version__,
         "attention": attention,
+        "blocks": ("compiled" if compiles(settings, attention, ranks.device) else "not compiled")
+        + ("" if settings.parallel.fp8 == "none" else f", products in fp8 {settings.parallel.fp8}"),
     } | ({"threads": str(torch.get_num_threads())} if ranks.device.type == "cpu" else {})  # they sum in another order
 
 
@@ -350,9 +368,11 @@ def checkpoint_names(settings: TrainConfig, total_steps: int, epoch_ends: list[i
     return names
 
 
-def expected_save_seconds(run_dir: Path, parameters: int, ranks: Ranks, terminal: metrics.Terminal) -> float:
-    """How long a save takes at the speed measured now; said where torchrun would not let its workers live so long."""
-    size = run_folder.FULL_BYTES * parameters
+def expected_save_seconds(run_dir: Path, size: int, ranks: Ranks, terminal: metrics.Terminal) -> float:
+    """How long a save of so many bytes takes at the speed measured now.
+
+    Said where torchrun would not let its workers live so long.
+    """
     speed = run_folder.write_speed(run_dir, size, ranks)
     seconds = size / speed
     if seconds > GRACE_SECONDS and ranks.world_size > 1:
@@ -393,38 +413,80 @@ def load_start(
         write(Path(str(settings.run_dir)) / ORIGIN, text)
 
 
-def attention_backend(wanted: str, recorded: TrainState | None, device_type: str, dtype: torch.dtype) -> str:
-    """The kernel to use: as set; where that is auto, the one that the run began with, if it runs here too.
+def check_divisible(packs: int, world_size: int, pack_tokens: int, sharers: int) -> None:
+    """Make sure that every rank, or every group of ranks that share packs, gets as many of a step as any other.
+
+    Args:
+        packs: Packs of a step.
+        world_size: Number of ranks.
+        pack_tokens: Tokens of a pack.
+        sharers: Ranks of a group; 1 where each has packs of its own.
 
     Raises:
-        ConfigError: If the kernel that is asked for does not run here.
+        ConfigError: If the ranks or groups do not divide them; names the nearest batch that would do.
     """
-    if wanted == "auto" and recorded is not None:
-        with contextlib.suppress(ValueError):  # the run has moved to another kind of machine
-            return choose_backend(recorded.choices["attention"], device_type, dtype)
+    groups = world_size // sharers
+    if packs % groups:
+        above = -(-packs // groups) * groups * pack_tokens
+        where, what = f"{world_size} ranks", "ranks"
+        if sharers > 1:
+            where, what = f"{groups} groups of {sharers} ranks (parallel.sequence={sharers})", "groups"
+        raise ConfigError(
+            "train.tokens_per_step", f"{packs} packs of {pack_tokens:,} on {where}",
+            f"a number of packs that the {what} divide", f"Try train.tokens_per_step={above}.",
+        )  # fmt: skip
+
+
+def recomputation(
+    settings: TrainConfig, model_config: TransformerConfig, compute_dtype: torch.dtype, compiled: bool, ranks: Ranks
+) -> tuple[str, str]:
+    """What of a block is computed again in the backward, and the memory that a step then takes, in words.
+
+    Raises:
+        ConfigError: Nothing fits, or more layers are named than there are.
+    """
+    asked, place, gpu = settings.parallel.activation_checkpointing, "", ranks.device.type == "cuda"
+    shards, tokens = ranks.world_size // settings.parallel.replicate, settings.data.pack_tokens
+    share = tokens // settings.parallel.sequence
+    recipe = budget.recipe(settings.precision, settings.optim, compute_dtype)
+    layout = budget.Layout(share, share, shards, (), compiled, gpu, settings.parallel.sequence)
     try:
-        return choose_backend(wanted, device_type, dtype)
+        if gpu:
+            card = torch.cuda.get_device_properties(ranks.device).total_memory
+            place = f" of {card / 2**30:.1f} GiB"
+            modes = (
+                asked if asked != "auto" else budget.modes_that_fit(model_config, recipe, layout, budget.USABLE * card)
+            )
+        else:
+            modes = "none" if asked == "auto" else asked
+        memory = budget.memory(model_config, recipe, replace(layout, modes=layer_modes(modes, model_config.n_layers)))
     except ValueError as error:
         raise ConfigError.of(error) from error
+    parts = ", ".join(f"{name} {size_text(size)}" for name, size in memory.parts.items() if size)
+    chosen = f" (chosen: activation_checkpointing={modes})" if asked == "auto" else ""
+    return modes, (
+        f"memory: about {size_text(memory.total)}{place} a rank at {memory.moment}, by the numbers{chosen}: {parts}"
+    )
 
 
-def check_divisible(packs: int, world_size: int, pack_tokens: int) -> None:
-    """Make sure that every rank gets as many packs of a step as any other.
+def compiles(settings: TrainConfig, attention: str, device: torch.device) -> bool:
+    """Whether the blocks are compiled.
 
     Raises:
-        ConfigError: If the ranks do not divide them; names the nearest batch that would do.
+        ConfigError: They are to be, with a kernel that a compiler cannot look past.
     """
-    if packs % world_size:
-        above = -(-packs // world_size) * world_size * pack_tokens
+    can = attention != "sdpa" or device.type == "cpu"
+    if settings.parallel.compile and not can:
         raise ConfigError(
-            "train.tokens_per_step", f"{packs} packs of {pack_tokens:,} on {world_size} ranks",
-            "a number of packs that the ranks divide", f"Try train.tokens_per_step={above}.",
+            "parallel.compile", "true, with attention sdpa on a GPU", "attention by varlen or flash_attn",
+            "Compute in bf16 (precision=bf16_mixed), or leave parallel.compile null.",
         )  # fmt: skip
+    return device.type == "cuda" and can if settings.parallel.compile is None else settings.parallel.compile
 
 
 def bf16_compute(precision: str, device: torch.device) -> bool:
     """Whether gathered weights and activations are bf16."""
-    return precision == "bf16_mixed" or (precision == "auto" and device.type == "cuda")
+    return precision.startswith("bf16") or (precision == "auto" and device.type == "cuda")
 
 
 def claimed(folder: Path, until_the_end: contextlib.ExitStack) -> str:
@@ -468,7 +530,12 @@ def check_settings(settings: TrainConfig) -> str:
 
 
 def open_run_dir(
-    settings: TrainConfig, prepared: Prepared, total_steps: int, epoch_ends: list[int], ranks: Ranks
+    settings: TrainConfig,
+    prepared: Prepared,
+    total_steps: int,
+    epoch_ends: list[int],
+    ranks: Ranks,
+    attention: dict[str, Any],
 ) -> str:
     """Write what stands in the run's folder from the start; returns what the run takes on disk. Rank 0 alone."""
     folder = Path(str(settings.run_dir))
@@ -493,7 +560,7 @@ def open_run_dir(
                 (folder / name).unlink(missing_ok=True)  # of an earlier start that came to nothing
             prepared.tokenizer.save(folder / "tokenizer.json")  # later its readers must never find half of it
         starts = json.loads(read(folder / "environment.json") or "[]")
-        starts.append(environment(ranks.world_size, ranks.device))
+        starts.append(environment(ranks.world_size, ranks.device) | {"attention": attention})
         write(folder / "environment.json", json.dumps(starts, indent=1))
     except OSError as error:
         raise ConfigError("run_dir", f"{folder}: {error.strerror}", "a folder that can be written") from error
@@ -505,6 +572,11 @@ def plan_text(settings: TrainConfig, batches: Batches, prepared: Prepared, ranks
     packs, world = settings.packs_per_step, ranks.world_size
     shard = world // settings.parallel.replicate
     mesh = f" ({settings.parallel.replicate} replicas x {shard} shards)" if settings.parallel.replicate > 1 else ""
+    sharers = settings.parallel.sequence
+    groups, at_once = world // sharers, f"{world} ranks{mesh}"
+    if sharers > 1:
+        part = settings.data.pack_tokens // sharers
+        at_once += f", {sharers} to a pack with {part:,} tokens each, so {groups} pack{'s' * (groups > 1)} at a time,"
     length = "as set" if settings.train.max_steps else f"in {settings.train.epochs} epochs"
     quiet = "; no validation, since no source has rows for it" if not len(prepared.validation) else ""
     shares = ", ".join(f"{name} {share:.1%}" for name, share in batches.shares.items())
@@ -515,7 +587,7 @@ def plan_text(settings: TrainConfig, batches: Batches, prepared: Prepared, ranks
         if first < packs:
             source += " (less than a step: train.tokens_per_step can be lower)"
     return (
-        f"{packs} packs of {settings.data.pack_tokens:,} a step = {world} ranks{mesh} x {packs // world} accumulation; "
+        f"{packs} packs of {settings.data.pack_tokens:,} a step = {at_once} x {packs // groups} accumulation; "
         f"{source}; {batches.total_steps:,} steps {length}{quiet}"
     )
 

@@ -28,6 +28,7 @@ from magnum_train import checkpoint
 from magnum_train.config import ModelConfig, TokenizerConfig, TokenizerFileConfig, TrainConfig, from_yaml
 from magnum_train.errors import CheckpointError, ConfigError
 from magnum_train.metrics import validation_losses
+from magnum_train.optim import parameter_dtype
 from model import Transformer, TransformerConfig
 from model.config import parameter_shapes
 from model.hf import HFFolder, check_same_network, load_hf
@@ -188,7 +189,7 @@ def _of_run(run_dir: Path, asked: str | None, key: str, verify: bool) -> Weights
             config=settings.model.transformer(),
             max_positions=positions,
             vocabulary=run_dir,
-            dtype=torch.float32 if found.complete else torch.bfloat16,
+            dtype=parameter_dtype(settings.precision) if found.complete else torch.bfloat16,
             hf=None,
             lock=held.pop_all(),
         )

@@ -19,7 +19,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torch.distributed.checkpoint", "magnum_train.train"])
@@ -44,6 +47,14 @@ def _child(rank: int, world_size: int, port: int, function: Callable[..., Any], 
         results.put((rank, True, pickle.dumps(answer)))  # as bytes: tensors would travel as handles to this process
     except BaseException:
         results.put((rank, False, traceback.format_exc()))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, whatever ranks its parts lie on; a copy."""
+    tensor = tensor.detach()
+    if isinstance(tensor, DTensor):  # no backend gathers int16
+        tensor = tensor.to(torch.int32 if tensor.dtype == torch.int16 else tensor.dtype).full_tensor()
+    return tensor.clone()
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 100) -> list[Any]:

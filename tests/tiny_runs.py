@@ -95,15 +95,15 @@ def run_until(line: list[str], last: int | None) -> str:
     Returns:
         What was said to a person.
     """
-    real = loop.one_step
+    real = loop.launch
 
-    def dying(run: Any, step: int, peak: Any) -> Any:
+    def dying(run: Any, step: int) -> Any:
         if last is not None and step > last:
             run.saver.wait()
             raise Killed
-        return real(run, step, peak)
+        return real(run, step)
 
-    loop.one_step = dying
+    loop.launch = dying
     said = io.StringIO()
     with contextlib.suppress(Killed), contextlib.redirect_stderr(said):
         train.train(compose(line))

@@ -20,12 +20,12 @@ from tiny_runs import Killed, metrics, overrides, run_until, series
 
 def wrong_once(line: list[str], at: tuple[int, ...], factor: float, always: bool) -> str:
     """Train with a loss that is multiplied on rank 1 alone at some steps, once or each time; the error, if any."""
-    now, real_step, real_forward = [0], loop.one_step, step.forward
+    now, real_launch, real_forward = [0], loop.launch, step.forward
     left = list(at)
 
-    def one_step(run: Any, number: int, peak: Any) -> Any:
+    def launch(run: Any, number: int) -> Any:
         now[0] = number
-        result = real_step(run, number, peak)
+        result = real_launch(run, number)
         if number in left and not always:
             left.remove(number)
         return result
@@ -35,7 +35,7 @@ def wrong_once(line: list[str], at: tuple[int, ...], factor: float, always: bool
         here = now[0] in left and os.environ["RANK"] == "1"
         return loss._replace(total=loss.total * factor) if here else loss
 
-    loop.one_step, step.forward = one_step, forward
+    loop.launch, step.forward = launch, forward
     try:
         train.train(compose(line))
     except RunError as error:

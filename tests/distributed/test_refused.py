@@ -21,7 +21,7 @@ from magnum_train.flight import FlightRecorder, read
 from magnum_train.metrics import Terminal
 from magnum_train.prepare import prepare_data
 from model import Loss
-from ranks import run_ranks
+from ranks import run_ranks, whole
 from tiny_runs import metrics, overrides
 
 
@@ -32,9 +32,7 @@ def spoilt(loss: Loss) -> Loss:
 def snapshot(run: Any) -> list[torch.Tensor]:
     tensors = []
     for parameter in run.model.parameters():
-        tensors.append(parameter.full_tensor().clone())
-        moments = run.optimizer.state[parameter].values()
-        tensors += [(value.full_tensor() if hasattr(value, "full_tensor") else value).clone() for value in moments]
+        tensors += [whole(tensor) for tensor in (parameter, *run.optimizer.state[parameter].values())]
     return tensors
 
 
@@ -45,12 +43,12 @@ def poisoned_step(line: list[str]) -> tuple[bool, dict[str, Any], dict[str, Any]
         folder = ranks.once("prepare", lambda: str(prepare_data(settings, Terminal(is_main=False)).folder))
         run = train.assemble(settings, open_prepared(folder), None, ranks, Terminal(is_main=False))
         assert run is not None
-        good, _ = loop.one_step(run, 1, None)
+        good, _ = loop.read(run, loop.launch(run, 1), None)
         before = snapshot(run)
         real = step.forward
         if ranks.rank == 1:
             step.forward = lambda model, batch: spoilt(real(model, batch))
-        bad, _ = loop.one_step(run, 2, None)
+        bad, _ = loop.read(run, loop.launch(run, 2), None)
         same = all(torch.equal(a, b) for a, b in zip(before, snapshot(run), strict=True))
         return same, good, bad
 
@@ -267,21 +265,21 @@ def test_the_flight_record_has_each_document_of_a_step_once_and_its_losses_make_
 
 
 def always_poisoned(line: list[str]) -> str:
-    real = loop.one_step
+    real = loop.launch
 
-    def broken(run: Any, step: int, peak: Any) -> Any:
+    def broken(run: Any, step: int) -> Any:
         with torch.no_grad():
             if step == 3:
                 run.model.norm.weight.fill_(float("inf"))
-        return real(run, step, peak)
+        return real(run, step)
 
-    loop.one_step = broken
+    loop.launch = broken
     try:
         train.train(compose(line))
     except RunError as error:
         return str(error)
     finally:
-        loop.one_step = real
+        loop.launch = real
     return ""
 
 

@@ -34,7 +34,7 @@ def verdicts(line: list[str], replicate: int, turned: dict[int, list[tuple[str, 
         run = train.assemble(settings, open_prepared(folder), None, ranks, Terminal(is_main=False))
         assert run is not None
         for step in (1, 2):
-            loop.one_step(run, step, None)
+            loop.read(run, loop.launch(run, step), None)
         before = compared(run.model, ranks)
         for name, place, bit in turned.get(ranks.rank, []):
             turn_bit(run.model, name, place, bit)

@@ -11,7 +11,7 @@ from data.loader import Loader, Schedule, StepMaker
 from data.prepared import Prepared, open_prepared
 from magnum_train import distributed
 from magnum_train.config import TrainConfig, compose
-from magnum_train.loop import Run, one_step
+from magnum_train.loop import Run, launch, read
 from magnum_train.metrics import Terminal
 from magnum_train.prepare import prepare_data
 from magnum_train.train import assemble
@@ -33,14 +33,6 @@ def started(settings: TrainConfig, ranks: distributed.Ranks) -> Run:
     return run
 
 
-class Descent(torch.optim.SGD):
-    """SGD that leaves `found_inf` to fused optimizers; fused SGD does not take sharded weights."""
-
-    def step(self, closure: Any = None) -> None:
-        assert not self.__dict__.pop("found_inf")
-        super().step(closure)
-
-
 def three_steps(line: list[str], sgd: bool) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
     """Train three steps on this rank's share; the losses and norms, and the whole weights after them."""
     settings = compose(line)
@@ -49,8 +41,8 @@ def three_steps(line: list[str], sgd: bool) -> tuple[list[tuple[float, float]], 
     ) as ranks:
         run = started(settings, ranks)
         if sgd:  # Adam turns the sign of a vanishing gradient into a whole step, so weights are compared under SGD
-            run.optimizer = Descent(run.model.parameters(), lr=1e-3)
-        rows: list[dict[str, Any]] = [one_step(run, step, None)[0] for step in range(1, STEPS + 1)]
+            run.optimizer = torch.optim.SGD(run.model.parameters(), lr=1e-3)
+        rows: list[dict[str, Any]] = [read(run, launch(run, step), None)[0] for step in range(1, STEPS + 1)]
         weights = {name: p.full_tensor().clone() for name, p in run.model.named_parameters()}  # type: ignore[attr-defined]
         return [(row["loss"], row["grad_norm"]) for row in rows], weights
 

@@ -8,7 +8,7 @@ import pytest
 
 HOME = Path(__file__).parents[2]
 ALLOWED = {
-    "model": {"model", "torch", "jaxtyping", "safetensors", "flash_attn"},
+    "model": {"model", "torch", "jaxtyping", "safetensors", "flash_attn", "triton"},
     "data": {"data", "torch", "numpy", "tokenizers", "datasets", "pyarrow", "jaxtyping", "rensa"},
     "magnum_train": {
         "magnum_train",
@@ -21,6 +21,9 @@ ALLOWED = {
         "tensorboard",
         "numpy",
         "huggingface_hub",
+        "jaxtyping",
+        "torchao",  # an extra, imported where it is asked for
+        "triton",
     },
 }
 

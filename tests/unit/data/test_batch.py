@@ -93,6 +93,34 @@ def test_moving_keeps_all_values() -> None:
     assert batch.to("meta").tokens.device.type == "meta"
 
 
+@given(fitting, st.sampled_from([1, 2, 3, 4, 8]))
+def test_the_parts_of_a_pack_make_it_up_and_know_its_documents(lengths: list[int], parts: int) -> None:
+    batch = assemble([example(length, seed) for seed, length in enumerate(lengths)], T, N)
+    cut = [batch.cut(part, parts) for part in range(parts)]
+    for name in ("tokens", "labels", "weights", "positions", "sources"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in cut]), getattr(batch, name))
+    places = [part.label_positions + number * T // parts for number, part in enumerate(cut)]
+    assert torch.equal(torch.cat(places), batch.label_positions)
+    for part in cut:
+        assert torch.equal(part.cu_seqlens, batch.cu_seqlens)
+        assert (part.max_seqlen, part.lengths, part.documents) == (T, batch.lengths, batch.documents)
+        assert torch.equal(part.to("cpu").tokens, part.tokens)
+
+
+def test_a_pack_that_cannot_be_cut_so_is_refused() -> None:
+    batch = assemble([example(50)], T, N)
+    with pytest.raises(ValueError, match="96 tokens in 1 parts cannot be cut into 5"):
+        batch.cut(0, 5)
+    with pytest.raises(ValueError, match="48 tokens in 2 parts cannot be cut into 2"):
+        batch.cut(0, 2).cut(0, 2)
+    with pytest.raises(ValueError, match="part is 2; expected from 0 to below the 2 parts"):
+        replace(batch.cut(1, 2), part=2)
+    with pytest.raises(ValueError, match="count from 0"):
+        replace(batch.cut(1, 2), part=0)
+    with pytest.raises(ValueError, match="rise from 0 to 144"):
+        replace(batch.cut(1, 2), parts=3)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="2 documents have 120 tokens; the pack holds 96"):
         assemble([example(60), example(60)], T, N)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,17 @@ def test_a_nan_is_told_and_hides_no_other_document(tmp_path: Path) -> None:
     assert [[loss for *_, loss in pack] for pack in entry["packs"]] == [["nan"], ["nan", 5.0]]
 
 
-def test_losses_by_row_are_weighted_means_over_each_document() -> None:
+def test_ranks_that_share_a_pack_record_its_documents_once(tmp_path: Path) -> None:
+    data, whole = step_data(), losses(step_data())
+    for rank in range(2):
+        parts = replace(data, micro_batches=[batch.cut(rank, 2) for batch in data.micro_batches])
+        FlightRecorder(tmp_path, rank, SOURCES).record(row(1), parts, whole)
+    [entry] = read(tmp_path)
+    assert entry["ranks"] == [0, 1]
+    assert entry["packs"] == [[["talk", 201, 3, 1.0]], [["facts", 0, 4, 1.0], ["talk", 1, 3, 5.0]]]
+
+
+def test_losses_by_row_are_weighted_sums_over_each_document_and_those_of_parts_add_up() -> None:
     draw = np.random.default_rng(0)
     documents = [
         Example(np.zeros(n, np.int32), draw.random(n, np.float32) * (draw.random(n) < 0.7), 0.3) for n in (5, 1, 9, 2)
@@ -107,17 +118,18 @@ def test_losses_by_row_are_weighted_means_over_each_document() -> None:
     batch = assemble(documents, 40, 7)
     tokens = torch.from_numpy(draw.random(40, np.float32)) * (batch.weights > 0)
     found = losses_by_row(Loss(torch.tensor(0.0), tokens), batch)
-    assert found.dtype == torch.float32
-    assert found.shape == (7,)
+    assert found.dtype == torch.float64
+    assert found.shape == (2, 7)
     bounds = batch.cu_seqlens.tolist()
     for slot, (start, stop) in enumerate(pairwise(bounds)):
         weights = batch.weights[start:stop].double()
-        if weights.sum() > 0:
-            expected = (weights * tokens[start:stop]).sum() / weights.sum()
-            assert found[slot].item() == pytest.approx(expected.item(), rel=1e-6)
-        else:
-            assert math.isnan(found[slot])
-    assert found.isfinite().sum() == 3
+        expected = [(weights * tokens[start:stop]).sum().item(), weights.sum().item()]
+        assert found[:, slot].tolist() == pytest.approx(expected, rel=1e-12)
+    assert (found[1] > 0).sum() == 3
+    for parts in (2, 5, 8):
+        own = tokens.view(parts, -1)
+        sums = [losses_by_row(Loss(torch.tensor(0.0), own[n]), batch.cut(n, parts)) for n in range(parts)]
+        assert torch.stack(sums).sum(0).flatten().tolist() == pytest.approx(found.flatten().tolist(), rel=1e-12)
 
 
 @pytest.mark.parametrize("steps", [1, 49, 50, 51, 99, 100, 101, 150, 151, 237])

@@ -115,7 +115,7 @@ def slow(pace: float = 0.02, disk: float = 0.02) -> None:
 
         setattr(place, name, call)
 
-    slower(loop, "one_step", pace)
+    slower(loop, "launch", pace)
     slower(os, "fsync", disk)
     slower(os, "unlink", disk / 2)  # pruning removes some ten files
     slower(saver.Saver, "begin", 2 * disk)
@@ -128,15 +128,15 @@ def impatient() -> None:
 
 def before_step(number: int, act: Callable[[Any], None]) -> None:
     """Do something once, when a step begins."""
-    real, left = loop.one_step, [number]
+    real, left = loop.launch, [number]
 
-    def one_step(run: Any, step: int, peak: Any) -> Any:
+    def launch(run: Any, step: int) -> Any:
         if step in left:
             left.remove(step)
             act(run)
-        return real(run, step, peak)
+        return real(run, step)
 
-    loop.one_step = one_step
+    loop.launch = launch
 
 
 def wait_for(number: int, sign: Path) -> None:

@@ -1,165 +1,325 @@
-"""What one GPU gives: its tests first, then the cost of a training step by pack, document length and kernel.
+"""What one GPU gives: its tests first, then the whole step, its kernels beside others', and each beside its floor.
 
-    python benchmarks/gpu.py OUT_FOLDER [--minutes 8] [--layers 4] [--model nemo]
+    python benchmarks/gpu.py OUT_FOLDER [--minutes 9] [--parts step,attention] [--model nemo] [--layers N]
+    python benchmarks/gpu.py OUT_FOLDER --join FOLDER [FOLDER …]
 
 Writes `gpu.json` (the record, with every raw timing), `gpu.md` (made from the record by `markdown`) and
-`gpu_tests.log` into the folder. Whatever could not be run stands there with its reason. Without a CUDA device
-`--model tiny` measures a small model on the CPU, which shows that the parts fit together and nothing more.
+`gpu_tests.log` into the folder, anew after each row. Whatever was not measured stands there with its reason. Without a
+CUDA device `--model tiny` measures a small model on the CPU, which shows that the parts fit together and nothing more.
+`--join` makes one record and report of several.
 """
 
 import argparse
-import functools
 import gc
+import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 from xml.etree import ElementTree
 
 # The command stands alone, in a checkout that is not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+# Both are read when the GPU is first used. A network that nearly fills the card must not fail for gaps between tensors;
+# and cuBLAS is deterministic only with a workspace of its own for each stream, here as large as Hopper's by default.
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-import numpy as np
+import gpu_kernels
+import gpu_steps
 import torch
+from gpu_bench import (
+    FEWEST,
+    GRIDS,
+    NOT_REACHED,
+    ROUNDS,
+    SEED,
+    SLOTS,
+    TOLERANCE,
+    WARMUP,
+    Bench,
+    DeviceLostError,
+    Row,
+    describe,
+)
 
-from data import Example, PackedBatch
-from data.batch import assemble
-from magnum_train import distributed, metrics
+from magnum_train import distributed
 from magnum_train.environment import environment
-from magnum_train.optim import build_optimizer
-from magnum_train.parallelize import build
-from magnum_train.step import train_step
-from model import Transformer, TransformerConfig
-from model.attention import BACKENDS, attention, choose_backend
-from model.flops import parameter_count, train_flops
-
-if TYPE_CHECKING:  # the type alone: the module imports Hydra, which a GPU machine may lack
-    from magnum_train.config import OptimConfig
+from magnum_train.fp8 import mfu_name
 
 ROOT = Path(__file__).resolve().parent.parent
+TESTS_WEIGHT = 4.0
+"""Share of the tests in the time, beside the parts'."""
 
-WARMUP, TIMED = 3, 7
-"""Steps before the clock counts, and steps that count."""
-
-TESTS_SHARE, STEPS_SHARE, LAST_SHARE = 0.4, 0.85, 0.95
-"""Shares of the time after which tests are stopped, no step is begun and no attention timing is begun."""
-
-SLOTS = 128
-"""Documents that a pack has room for, as `data.pack_documents` has it; fixes the shape of cu_seqlens."""
-
-SEED = 0
-
-OUT_OF_TIME = "time: the time given was used up before it ended"
+Columns = dict[str, Callable[[Row], str]]
+"""Of a table: heading, and what a measured row has under it."""
 
 
 @dataclass(frozen=True)
-class Grid:
-    """What is measured: a network and the packs it is given."""
+class Part:
+    """A question."""
 
-    config: TransformerConfig
-    pack_tokens: tuple[int, ...]
-    document_lengths: tuple[int | None, ...]
-    """Tokens of each document; None: one document fills the pack."""
+    title: str
+    about: str
+    weight: float
+    """Its share of the time, beside the parts that are still to come."""
+    plan: Callable[[Bench], list[Row]]
+    measure: Callable[[Bench, list[Row]], None]
+    names: Columns
+    """Columns that say which row it is."""
+    figures: Columns
+    """Columns that were measured."""
 
 
-GRIDS = {
-    "nemo": Grid(
-        TransformerConfig(
-            dim=5120, n_layers=40, n_heads=32, n_kv_heads=8, head_dim=128, hidden_dim=14336, vocab_size=131072
-        ),
-        (4096, 8192, 16384),
-        (512, 2048, None),
+def number(key: str, form: str = ",.3g") -> Callable[[Row], str]:
+    """A column's figure, or a dash where there is none."""
+    return lambda row: "–" if row.get(key) is None else f"{row[key]:{form}}"
+
+
+def yes(key: str, no: str = "no") -> Callable[[Row], str]:
+    """Whether something is so."""
+    return lambda row: "yes" if row.get(key) else no
+
+
+def text(key: str) -> Callable[[Row], str]:
+    """A column's word."""
+    return lambda row: str(row.get(key, "–"))
+
+
+FLOOR: Columns = {
+    "ms": number("ms", ",.4g"),
+    "floor ms": number("floor_ms", ",.4g"),
+    "× floor": number("gap", ".2f"),
+    "floor by": lambda row: row.get("floor_by") or "–",
+}
+SETUP: Columns = {
+    "recipe": lambda row: (
+        f"{row['precision']}, moments {row['moments']}" + (f", fp8 {row['fp8']}" if row["fp8"] != "none" else "")
     ),
-    "tiny": Grid(
-        TransformerConfig(dim=128, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=48, hidden_dim=384, vocab_size=2048),
-        (256, 512),
-        (64, None),
+    "activations": text("activation_checkpointing"),
+    "layers": text("layers"),
+    "pack / document": lambda row: f"{row['pack_tokens']:,} / {row['document_length']:,}",
+    "attention": text("attention"),
+}
+STEP: Columns = {
+    "step ms": number("ms", ",.1f"),
+    "floor ms": number("floor_ms", ",.1f"),
+    "× floor": number("gap", ".2f"),
+    "tokens/s": number("tokens_per_second", ",.0f"),
+    "MFU": number("mfu", ".1%"),
+    "MFU, whole packs": number("mfu_of_whole_packs", ".1%"),
+    "peak GiB": number("peak_gib", ".1f"),
+    "predicted GiB": number("predicted_gib", ".1f"),
+    "loss": number("loss", ".4f"),
+    "waits": number("waits_for_the_device", "d"),
+}
+BY_PART: Columns = {"part": text("part"), **FLOOR}
+BY_PART_ABOUT = (
+    "Where the time of a step goes. Head and update by marks in the timed steps; attention and the gradients' norm, "
+    "which is counted to the optimizer, by the profiler in one more step; blocks are what is left of forward and "
+    "backward."
+)
+FEWER = (
+    "The whole network has {} layers. Where a row has fewer, more did not fit the card's memory, or rows in turn had "
+    "to fit beside each other."
+)
+
+PARTS: dict[str, Part] = {
+    "ceilings": Part(
+        "What the card gives",
+        "Measured on random data. Floors below go by the data sheet where the card is known, else by these.",
+        0.3,
+        gpu_kernels.plan_ceilings,
+        gpu_kernels.measure_ceilings,
+        {"what": text("detail")},
+        {"ms": number("ms", ",.4g"), "rate": lambda row: rate(row)},
+    ),
+    "agreement": Part(
+        "Does the fast step give the right numbers?",
+        "Two layers of the true widths, one ragged pack: loss and all gradients against float32 by torch's own "
+        "attention, document by document. Errors are ‖found − exact‖ / ‖exact‖.",
+        2.0,
+        gpu_steps.plan_agreement,
+        gpu_steps.measure_agreement,
+        {"attention": text("attention"), "activations": text("activation_checkpointing"), "compiled": yes("compiled")},
+        {
+            "loss error": number("loss_error", ".1e"),
+            "gradient error": number("gradient_error", ".1e"),
+            "worst tensor": number("worst_gradient_error", ".1e"),
+            "right": yes("right", "**NO**"),
+        },
+    ),
+    "step": Part(
+        "How fast is the whole step?",
+        "From a pack in page-locked memory to the end of the update. Model FLOPs count matrix products and the causal "
+        "half of each document's attention, nothing recomputed; MFU is these over the card's dense bf16 peak; that of "
+        "whole packs counts attention without documents and mask, as others do. Waits: how often the host waited for "
+        "the device within a step. The floor adds up those of the parts below.",
+        6.0,
+        gpu_steps.plan_step,
+        gpu_steps.measure_step,
+        SETUP,
+        STEP,
+    ),
+    "attention": Part(
+        "Which attention kernel, at which document length?",
+        "Forward and backward at the network's heads, kernels in turn. Error: the largest of output and gradients "
+        f"against float32, right up to {TOLERANCE:g}. FLOPs of the causal half of each document.",
+        2.0,
+        gpu_kernels.plan_attention,
+        gpu_kernels.measure_attention,
+        {
+            "document": lambda row: f"{row['document_length']:,}" if row["document_length"] else "any",
+            "pack": lambda row: f"{row['pack_tokens']:,}",
+            "attention": text("attention"),
+        },
+        {
+            "forward ms": number("forward_ms", ",.3f"),
+            "backward ms": number("backward_ms", ",.3f"),
+            "TFLOP/s": number("tflops", ",.4g"),
+            **FLOOR,
+            "error": number("error", ".1e"),
+            "right": yes("right", "**NO**"),
+        },
+    ),
+    "loss": Part(
+        "The loss head against others",
+        "Output matrix and cross-entropy, forward and backward, in turn. Errors against float32 from the same factors; "
+        "extra GiB: beside inputs, gradients included. FLOPs of the labelled positions alone.",
+        1.5,
+        gpu_kernels.plan_loss,
+        gpu_kernels.measure_loss,
+        {"head": text("what"), "labels": lambda row: f"{row['label_share']:.0%}"},
+        {
+            **FLOOR,
+            "TFLOP/s": number("tflops", ",.4g"),
+            "extra GiB": number("extra_gib", ".2f"),
+            "value error": number("value_error", ".1e"),
+            "gradient error": number("gradient_error", ".1e"),
+            "right": yes("right", "**NO**"),
+        },
+    ),
+    "optimizer": Part(
+        "The update against others",
+        "Clipping by a known norm and AdamW over one layer's matrices, in turn. Error: of three updates at a rate of "
+        "1e-3 against float64, by norm.",
+        2.5,
+        gpu_kernels.plan_optimizer,
+        gpu_kernels.measure_optimizer,
+        {"optimizer": text("what"), "parameters": text("precision"), "moments": text("moments")},
+        {
+            **FLOOR,
+            "bytes a parameter": number("bytes_per_parameter", ".4g"),
+            "GB/s": number("gb_per_second", ",.0f"),
+            "ms per 10⁹ parameters": number("ms_per_billion", ",.2f"),
+            "error of updates": number("error_of_updates", ".1e"),
+        },
+    ),
+    "fp8": Part(
+        "Matrix products in fp8, apart",
+        "The blocks' products by torchao; steps in turn but for the last row. **Of bf16 peak: the model's operations "
+        "over the peak of bf16, which is no MFU where products are in fp8.** Loss and gradient norm: difference from "
+        "bf16.",
+        2.5,
+        gpu_steps.plan_fp8,
+        gpu_steps.measure_fp8,
+        {**SETUP, "in turn": yes("in_turn")},
+        {
+            "step ms": number("ms", ",.1f"),
+            "tokens/s": number("tokens_per_second", ",.0f"),
+            "of bf16 peak": lambda row: number(mfu_name(row["fp8"]), ".1%")(row),
+            "× speed of bf16": number("speed_up", ".2f"),
+            "loss": number("loss_differs", "+.1e"),
+            "gradient norm": number("norm_differs", "+.1e"),
+        },
+    ),
+    "save": Part(
+        "What does an asynchronous save stall?",
+        "The copy from the device to page-locked memory that training waits for, of one layer with embedding and head: "
+        "about what a rank of eight has. The first copy makes that memory, in training beside the second step.",
+        0.7,
+        gpu_steps.plan_save,
+        gpu_steps.measure_save,
+        {"precision": text("precision"), "moments": text("moments")},
+        {
+            "GB": number("gigabytes", ",.4g"),
+            **FLOOR,
+            "GB/s": number("gb_per_second", ",.4g"),
+            "first ms": number("first_ms", ",.0f"),
+        },
+    ),
+    "deterministic": Part(
+        "What do deterministic kernels cost?",
+        "Steps of packs of short documents, in turn. Same bits: whether five gradient norms of one pack were equal.",
+        1.5,
+        gpu_steps.plan_deterministic,
+        gpu_steps.measure_deterministic,
+        {"step": text("what"), "attention": text("attention"), "layers": text("layers")},
+        {
+            "step ms": number("ms", ",.1f"),
+            "tokens/s": number("tokens_per_second", ",.0f"),
+            "same bits": yes("same_bits"),
+        },
+    ),
+    "recompute": Part(
+        "What does recomputation cost and save?",
+        "Ways to keep activations, one after another; predicted is the memory model.",
+        2.0,
+        gpu_steps.plan_recompute,
+        gpu_steps.measure_recompute,
+        {**SETUP, "compiled": yes("compiled")},
+        STEP,
     ),
 }
+"""In the order in which they are asked."""
 
 
-@dataclass(frozen=True)
-class Optimizer:
-    """What `build_optimizer` reads. The rate of 0 lets an update do all its work and move nothing.
-
-    So every cell of the table sees the same weights, and on the same pack the kernels must agree on the loss.
-    """
-
-    lr: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    decay_all: bool = False
-
-
-class OutOfTimeError(Exception):
-    """The time given is used up; what was under way is not measured."""
-
-
-class Clock:
-    """The time given, counted from here.
-
-    Args:
-        minutes: For everything together.
-    """
-
-    def __init__(self, minutes: float) -> None:
-        self._seconds = minutes * 60
-        self._started = time.monotonic()
-
-    def left(self, share: float) -> float:
-        """Seconds until this share of the time has passed."""
-        return self._started + share * self._seconds - time.monotonic()
-
-    def used(self) -> float:
-        """Seconds since the start."""
-        return time.monotonic() - self._started
-
-    def check(self, share: float, needed: float = 0.0) -> None:
-        """Go on, or raise `OutOfTimeError` where fewer seconds than needed are left of this share."""
-        if self.left(share) <= needed:
-            raise OutOfTimeError
+def rate(row: Row) -> str:
+    """A ceiling in its unit."""
+    return f"{row['rate'] / 1e12:,.4g} TFLOP/s" if "products" in row["what"] else f"{row['rate'] / 1e9:,.0f} GB/s"
 
 
 class Record:
-    """The record and its Markdown on disk, written anew after each part, so that nothing measured is lost.
+    """The record and its Markdown on disk, written anew after each row, so that nothing measured is lost.
 
     Args:
         folder: Where to.
         content: What the record holds; changed in place by those who measure.
-        clock: Says how much of the time was used.
     """
 
-    def __init__(self, folder: Path, content: dict[str, Any], clock: Clock) -> None:
-        self.folder, self.content, self._clock = folder, content, clock
+    def __init__(self, folder: Path, content: dict[str, Any]) -> None:
+        self.folder, self.content, self._begun = folder, content, time.monotonic()
+        self._used_before = content["runs"][-1]["minutes_used"]
 
     def save(self) -> None:
         """Replace both files, each as a whole."""
-        self.content["minutes_used"] = self._clock.used() / 60
-        for name, text in (
-            ("gpu.json", json.dumps(self.content, indent=1, allow_nan=False) + "\n"),
+        self.content["runs"][-1]["minutes_used"] = self._used_before + (time.monotonic() - self._begun) / 60
+        for name, written in (
+            ("gpu.json", json.dumps(_plain(self.content), indent=1, allow_nan=False) + "\n"),
             ("gpu.md", markdown(self.content)),
         ):
             aside = self.folder / f".{name}.tmp"
-            aside.write_text(text)
+            aside.write_text(written)
             aside.replace(self.folder / name)
 
 
-def describe(error: BaseException) -> str:
-    """An error's type and the first line of its message."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+def _plain(value: Any) -> Any:
+    """A value as JSON can hold it: what is not finite is named by a word, so that a NaN stays visible."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def run_tests(log: Path, seconds: float) -> dict[str, Any]:
@@ -221,471 +381,282 @@ def run_tests(log: Path, seconds: float) -> dict[str, Any]:
     return result
 
 
-def tests_fine(tests: dict[str, Any], cuda: bool) -> bool:
-    """Whether the GPU tests passed; that none ran will do only where there is no GPU."""
-    return tests["status"] == "passed" or (tests["status"] == "none ran" and not cuda)
-
-
-def random_pack(vocab_size: int, pack_tokens: int, document_length: int) -> PackedBatch:
-    """A full pack of random documents, every token but a document's first with weight 1.
-
-    Args:
-        vocab_size: Ids are drawn from 0 up to it.
-        pack_tokens: T.
-        document_length: Tokens of each document, T at most; the last takes what remains.
-    """
-    generator = np.random.default_rng([SEED, pack_tokens, document_length])
-    documents = []
-    for start in range(0, pack_tokens, document_length):
-        length = min(document_length, pack_tokens - start)
-        weights = np.ones(length, np.float32)
-        weights[0] = 0
-        documents.append(Example(generator.integers(vocab_size, size=length, dtype=np.int32), weights))
-    return assemble(documents, pack_tokens, SLOTS)
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device to finish."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def free(device: torch.device) -> None:
-    """Give back the memory that nothing holds any more."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-class Trainee:
-    """The model and its optimizer, built when first needed and once more after a cell that failed.
-
-    After an error in the middle of a step, sharded parameters may be left gathered and gradients half made,
-    so such a model is not used again.
-    """
-
-    def __init__(self, config: TransformerConfig, ranks: distributed.Ranks, dtype: torch.dtype, clock: Clock) -> None:
-        self._config, self._ranks, self._dtype, self._clock = config, ranks, dtype, clock
-        self._build_seconds = 0.0
-        self._built: tuple[Transformer, torch.optim.Optimizer] | None = None
-
-    def get(self) -> tuple[Transformer, torch.optim.Optimizer]:
-        """Model and optimizer, made by the trainer's own functions.
-
-        Raises:
-            OutOfTimeError: Too little time is left to build them again.
-        """
-        if self._built is None:
-            self._clock.check(STEPS_SHARE, self._build_seconds)
-            begin = time.monotonic()
-            model = build(
-                self._config,
-                attention_backend="auto",
-                mesh=self._ranks.mesh,
-                device=self._ranks.device,
-                compute_dtype=self._dtype,
-                activation_checkpointing="none",
-                reshard_after_forward=True,
-                seed=SEED,
-            )
-            self._built = model, build_optimizer(model, cast("OptimConfig", Optimizer()))
-            self._build_seconds = time.monotonic() - begin
-        return self._built
-
-    def drop(self) -> None:
-        """Forget both."""
-        self._built = None
-
-
-def measure_step(row: dict[str, Any], grid: Grid, trainee: Trainee, device: torch.device, clock: Clock) -> None:
-    """Time training steps on one pack, and enter the figures into the row.
-
-    The clock runs from the pack on the host to the end of the update on the device, as in training, less the
-    loader's own work.
-
-    Args:
-        row: `backend`, `pack_tokens` and `document_length` say what to measure.
-        grid: Bears the network.
-        trainee: Bears the model.
-        device: Where.
-        clock: Looked at before each step.
-
-    Raises:
-        OutOfTimeError: The time given is used up.
-        RuntimeError: Among others, if a step's loss or gradient is not finite.
-    """
-    clock.check(STEPS_SHARE)
-    free(device)  # here, since a device that an earlier error broke says so in every row
-    model, optimizer = trainee.get()
-    model.attention_backend = row["backend"]
-    pack = random_pack(grid.config.vocab_size, row["pack_tokens"], row["document_length"])
-    weight_sum = float(pack.weights.double().sum())
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    seconds = []
-    for _ in range(WARMUP + TIMED):
-        clock.check(STEPS_SHARE)
-        synchronize(device)
-        begin = time.perf_counter()
-        result = train_step(
-            model, optimizer, [pack.to(device)],
-            weight_sum=weight_sum, n_sources=1, lr=Optimizer.lr, max_grad_norm=1.0,
-        )  # fmt: skip
-        synchronize(device)
-        seconds.append(time.perf_counter() - begin)
-    if not result.applied.item():
-        raise RuntimeError(f"loss {result.loss.item()}, gradient norm {result.grad_norm.item()}: update refused")
-    median = statistics.median(seconds[WARMUP:])
-    flops = train_flops(grid.config, pack.lengths, len(pack.label_positions))
-    peak = metrics.peak_flops(device, None)
-    row |= {
-        "step_ms": median * 1e3,
-        "tokens_per_second": row["pack_tokens"] / median,
-        "flops": flops,
-        "mfu": flops / median / peak if peak else None,
-        "peak_memory_gib": metrics.peak_memory_gib(device),
-        "loss": result.loss.item(),
-        "warmup_seconds": seconds[:WARMUP],
-        "seconds": seconds[WARMUP:],
-    }
-
-
-def measure_attention(row: dict[str, Any], grid: Grid, dtype: torch.dtype, device: torch.device, clock: Clock) -> None:
-    """Time attention alone, forward and backward, and enter the figures into the row.
-
-    Args:
-        row: `backend`, `pack_tokens` and `document_length` say what to measure.
-        grid: Bears the heads.
-        dtype: Of queries, keys and values.
-        device: Where.
-        clock: Looked at before each repetition.
-
-    Raises:
-        OutOfTimeError: The time given is used up.
-    """
-    clock.check(LAST_SHARE)
-    free(device)
-    config, tokens = grid.config, row["pack_tokens"]
-    pack = random_pack(config.vocab_size, tokens, row["document_length"])
-    bounds = pack.cu_seqlens.to(device)
-    generator = torch.Generator(device).manual_seed(SEED)
-    heads = (config.n_heads, config.n_kv_heads, config.n_kv_heads, config.n_heads)
-    q, k, v, upstream = (
-        torch.randn(tokens, n, config.head_dim, generator=generator, device=device, dtype=dtype) for n in heads
-    )
-    inputs = [x.requires_grad_() for x in (q, k, v)]
-    slots = tuple(pack.cu_seqlens.diff().tolist())  # `sdpa` has them on the host, as within the network
-    forward, backward = [], []
-    for _ in range(WARMUP + TIMED):
-        clock.check(LAST_SHARE)
-        synchronize(device)
-        begin = time.perf_counter()
-        out = attention(q, k, v, bounds, pack.max_seqlen, row["backend"], slots)
-        synchronize(device)
-        between = time.perf_counter()
-        torch.autograd.grad(out, inputs, upstream)
-        synchronize(device)
-        forward.append(between - begin)
-        backward.append(time.perf_counter() - between)
-    times = [statistics.median(seconds[WARMUP:]) for seconds in (forward, backward)]
-    flops = 6 * config.n_heads * config.head_dim * sum(length * length for length in pack.lengths)
-    row |= {
-        "forward_ms": times[0] * 1e3,
-        "backward_ms": times[1] * 1e3,
-        "flops": flops,
-        "tflops": flops / sum(times) / 1e12,
-        "forward_seconds": forward[WARMUP:],
-        "backward_seconds": backward[WARMUP:],
-    }
-
-
-def fill_in(row: dict[str, Any], measure: Callable[[], None]) -> bool:
-    """Measure one row; where that cannot be done, its reason goes into the row instead.
-
-    Returns:
-        Whether an error ended it, one other than the time.
-    """
-    try:
-        measure()
-    except OutOfTimeError:
-        row["not_run"] = OUT_OF_TIME
-        return False
-    except Exception as error:
-        row["not_run"] = describe(error)
-        return True
-    row["not_run"] = None
-    return False
-
-
-def admitted(device_type: str, dtype: torch.dtype) -> tuple[list[str], list[dict[str, str]]]:
-    """The attention kernels that run here, and those that do not, each with the reason."""
-    names, refused = [], []
-    for name in BACKENDS:
-        if name == "auto":
-            continue
-        try:
-            names.append(choose_backend(name, device_type, dtype))
-        except ValueError as error:
-            refused.append({"backend": name, "reason": describe(error)})
-    return names, refused
-
-
-def blank_rows(grid: Grid, backends: list[str], packs: tuple[int, ...], reason: str) -> list[dict[str, Any]]:
-    """A row for each cell, not run yet; kernels innermost, so that what time permits can be compared."""
-    return [
-        {"backend": backend, "pack_tokens": tokens, "document_length": length or tokens, "not_run": reason}
-        for tokens in packs
-        for length in grid.document_lengths
-        for backend in backends
-    ]
-
-
-def say(kind: str, row: dict[str, Any]) -> None:
-    """One line for one cell."""
-    figure = f"{row['step_ms']:.1f} ms" if "step_ms" in row else ""
-    if "forward_ms" in row:
-        figure = f"{row['forward_ms']:.2f} + {row['backward_ms']:.2f} ms"
-    cell = f"{kind} {row['backend']}, pack {row['pack_tokens']}, documents of {row['document_length']}"
-    print(f"{cell}: {figure or 'not run: ' + row['not_run']}", flush=True)
-
-
-def measure_all(record: Record, grid: Grid, dtype: torch.dtype, clock: Clock) -> None:
-    """Fill in every row of the record: training steps, then attention alone."""
-    content = record.content
-    with distributed.start(timeout_seconds=60, replicate=1, threads=None, deterministic=False) as ranks:
-        trainee = Trainee(grid.config, ranks, dtype, clock)
-        for row in content["steps"]:
-            if fill_in(row, functools.partial(measure_step, row, grid, trainee, ranks.device, clock)):
-                trainee.drop()
-            record.save()
-            say("step", row)
-        trainee.drop()
-        for row in content["attention"]:
-            fill_in(row, functools.partial(measure_attention, row, grid, dtype, ranks.device, clock))
-            record.save()
-            say("attention", row)
-
-
-def facts(device: torch.device) -> dict[str, Any]:
-    """What ran, on what, from which commit."""
+def facts(device: torch.device, given: argparse.Namespace) -> dict[str, Any]:
+    """What ran, on what, from which commit, and how."""
     about = environment(1, device)
-    versions = about["versions"] | {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}  # type: ignore[no-untyped-call]
+    packages = {}
+    for name in ("triton", "torchao", "liger-kernel", "flash-attn", "flash-attn-3", "flash-attn-4"):
+        try:
+            packages[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            packages[name] = None
     cuda = device.type == "cuda"
     return {
         "date": about["started"],
         "device": about["device"],
+        "device_type": device.type,
         "device_memory_gib": torch.cuda.get_device_properties(device).total_memory / 2**30 if cuda else None,
         "python": about["python"],
-        "versions": versions,
+        "versions": about["versions"]
+        | packages
+        | {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()},  # type: ignore[no-untyped-call]
         "commit": about["commit"],
         "uncommitted_changes": None if about["uncommitted"] is None else bool(about["uncommitted"]),
+        "command": " ".join(["python", "benchmarks/gpu.py", *sys.argv[2:]]),
+        "minutes": given.minutes,
+        "minutes_used": 0.0,
+        "avoided": [],
+        "model": given.model,
+        "network": asdict(GRIDS[given.model].config),
+        "warmup": WARMUP,
+        "rounds": ROUNDS,
+        "fewest_rounds": FEWEST,
+        "document_slots": SLOTS,
+        "seed": SEED,
+        "allocator": os.environ["PYTORCH_CUDA_ALLOC_CONF"],
+        "cublas_workspace": os.environ["CUBLAS_WORKSPACE_CONFIG"],
     }
 
 
-def left_out(content: dict[str, Any]) -> list[tuple[str, str]]:
-    """Everything that was not run, and why, in the order of the report."""
-    tests = content["tests"]
-    found = [("everything on a GPU", "no CUDA device")] if content["settings"]["device_type"] == "cpu" else []
-    if tests["status"] == "stopped":
-        found.append(("GPU tests, the rest of them", f"time: stopped after {tests['seconds']:.0f} s"))
-    elif tests["status"] == "broken":
-        found.append(("GPU tests", f"pytest ended with {tests['exit_code']}: {tests['summary']}"))
-    elif tests["status"] == "none ran" and not tests["skipped"]:
-        found.append(("GPU tests", "there are none"))
-    skipped: dict[str, list[str]] = {}
-    for case in tests["skipped"]:
-        skipped.setdefault(case["reason"], []).append(case["test"])
-    for reason, names in skipped.items():
-        found.append((f"{len(names)} GPU tests" if len(names) > 1 else f"GPU test {names[0]}", reason))
-    if not tests["shapes_checked"]:
-        found.append(("tensor shapes within the GPU tests", "the package beartype is not installed"))
-    found += [(f"attention kernel {entry['backend']}", entry["reason"]) for entry in content["refused_backends"]]
-    for kind, rows in (("training step", content["steps"]), ("attention alone", content["attention"])):
-        cells: dict[str, list[str]] = {}
-        for row in rows:
-            if row["not_run"]:
-                cell = f"{row['backend']} {row['pack_tokens']:,} / {row['document_length']:,}"
-                cells.setdefault(row["not_run"], []).append(cell)
-        found += [(f"{kind}, {'; '.join(names)}", reason) for reason, names in cells.items()]
-    return found
-
-
-def table(columns: dict[str, Callable[[dict[str, Any]], str]], rows: list[dict[str, Any]], needs: str) -> list[str]:
-    """A Markdown table; a row without the figure `needs` says "not run" in place of its figures."""
-    lines = ["| " + " | ".join(columns) + " |", "|---|" + "---:|" * (len(columns) - 1)]
-    named = 3  # backend, pack and document length say which row it is
+def table(columns: Columns, names: int, rows: list[Row]) -> list[str]:
+    """A Markdown table; a row that was not measured says so in place of its figures."""
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * names + "---:|" * (len(columns) - names)]
     for row in rows:
-        cells = [
-            make(row) if place < named or needs in row else "not run" for place, make in enumerate(columns.values())
-        ]
+        cells = []
+        for place, make in enumerate(columns.values()):
+            missing = row["not_measured"] is not None and place >= names
+            cells.append(("not measured" if place == names else "") if missing else make(row))
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
+def left_out(content: dict[str, Any]) -> list[tuple[str, str]]:
+    """Everything that was not measured, and why, in the order of the report."""
+    found = []
+    for run in content["runs"]:
+        tests = run["tests"]
+        if run["device_type"] == "cpu":
+            found.append(("everything on a GPU", "no CUDA device"))
+        if tests is None:
+            found.append(("GPU tests", "they were not asked for" if run["device_type"] == "cuda" else "no CUDA device"))
+            continue
+        if tests["status"] == "stopped":
+            found.append(("GPU tests, the rest of them", f"time: stopped after {tests['seconds']:.0f} s"))
+        elif tests["status"] == "broken":
+            found.append(("GPU tests", f"pytest ended with {tests['exit_code']}: {tests['summary']}"))
+        skipped: dict[str, list[str]] = {}
+        for case in tests["skipped"]:
+            skipped.setdefault(case["reason"], []).append(case["test"])
+        found += [(f"{len(names)} GPU tests, such as {names[0]}", reason) for reason, names in skipped.items()]
+        if not tests["shapes_checked"]:
+            found.append(("tensor shapes within the GPU tests", "the package beartype is not installed"))
+    for entry in content["parts"]:
+        part, reasons = PARTS[entry["name"]], dict[str, list[str]]()
+        for row in entry["rows"]:
+            if row["not_measured"] is not None:
+                reasons.setdefault(row["not_measured"], []).append(", ".join(make(row) for make in part.names.values()))
+        found += [(f"{entry['name']}: {'; '.join(rows)}", reason) for reason, rows in reasons.items()]
+    asked = {entry["name"] for entry in content["parts"]}
+    found += [(part.title, "it was not asked for") for name, part in PARTS.items() if name not in asked]
+    return found
+
+
+def wrong(content: dict[str, Any]) -> list[str]:
+    """Rows whose numbers are not right, by name."""
+    return [
+        f"{entry['name']}: {', '.join(make(row) for make in PARTS[entry['name']].names.values())}"
+        for entry in content["parts"]
+        for row in entry["rows"]
+        if row.get("right") is False
+    ]
+
+
+def of_run(run: dict[str, Any]) -> list[str]:
+    """What ran, as a person reads it."""
+    versions, memory = run["versions"], run["device_memory_gib"]
+    changes = " with uncommitted changes" if run["uncommitted_changes"] else ""
+    commit = f"commit {run['commit']}{changes}" if run["commit"] else "not from a checkout"
+    named = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    network = run["network"]
+    return [
+        f"- **{run['device']}**" + (f", {memory:.1f} GiB" if memory else "") + f"; {run['date']}; {commit}",
+        f"  - `{run['command']}`: {run['minutes_used']:.1f} of {run['minutes']:g} minutes",
+        f"  - Python {run['python']}, {named}",
+        f"  - {run['model']}: {network['n_layers']} layers, width {network['dim']}; a row says how many layers it had",
+        f"  - {run['warmup']} runs of warm-up, then the median of {run['rounds']}, of {run['fewest_rounds']} where the "
+        "time ended; what is told as in turn ran in rounds, each once in a round",
+    ]
+
+
+def of_tests(tests: dict[str, Any]) -> list[str]:
+    """The GPU tests, as a person reads them."""
+    lines = [f"**{tests['status']}** after {tests['seconds']:.0f} s; the log ends: {tests['summary']}", ""]
+    lines += [f"    {tests['command']}", ""]
+    return lines + [f"- {case['test']}: {case['reason']}" for case in tests["failed"]]
+
+
 def markdown(content: dict[str, Any]) -> str:
     """The report as a person reads it, from the record alone."""
-    settings, versions, tests = content["settings"], content["versions"], content["tests"]
-    shape, cuda = settings["config"], settings["device_type"] == "cuda"
-    changes = " with uncommitted changes" if content["uncommitted_changes"] else ""
-    commit = f"commit {content['commit']}{changes}" if content["commit"] else "not from a checkout"
-    memory = f" ({content['device_memory_gib']:.0f} GiB)" if cuda else ""
-    peak = settings["peak_tflops"]
-    lines = [
-        "# GPU benchmark" if cuda else "# GPU benchmark: no CUDA device, figures of the CPU",
-        "",
-        f"- Device: {content['device']}{memory}; "
-        + (f"peak {peak:,.0f} TFLOP/s, dense bf16" if peak else "its peak is not known, so there is no MFU"),
-        f"- torch {versions['torch']}, CUDA {versions['cuda'] or 'none'}, "
-        f"cuDNN {versions['cudnn'] or 'none'}, Python {content['python']}",
-        f"- {content['date']}; {commit}",
-        f"- Model {settings['model']}, {shape['n_layers']} layers (whole: {settings['full_layers']}), "
-        f"{settings['parameters']:,} parameters",
-        f"- Compute {settings['compute_dtype']}, masters and moments float32; no recomputation in backward",
-        f"- Attention that `auto` takes here: {settings['auto_backend']}",
-        f"- {settings['warmup_steps']} steps of warm-up, then the median of {settings['timed_steps']}; "
-        f"at most {settings['minutes']:g} minutes in all, {content['minutes_used']:.1f} used",
-        "",
-        "## GPU tests",
-        "",
-        f"**{tests['status']}** after {tests['seconds']:.0f} s; the log ends: {tests['summary']}",
-        "",
-        f"    {tests['command']}",
-    ]
-    if tests["failed"]:
-        lines += ["", *(f"- {case['test']}: {case['reason']}" for case in tests["failed"])]
-    lines += ["", "## Training step", ""]
-    lines += table(
-        {
-            "attention": lambda row: row["backend"],
-            "pack tokens": lambda row: f"{row['pack_tokens']:,}",
-            "document tokens": lambda row: f"{row['document_length']:,}",
-            "step ms": lambda row: f"{row['step_ms']:,.1f}",
-            "tokens/s": lambda row: f"{row['tokens_per_second']:,.0f}",
-            "model TFLOP": lambda row: f"{row['flops'] / 1e12:,.4g}",
-            "MFU": lambda row: "–" if row["mfu"] is None else f"{row['mfu']:.1%}",
-            "peak GiB" if cuda else "process GiB": lambda row: f"{row['peak_memory_gib']:.1f}",
-            "loss": lambda row: f"{row['loss']:.4f}",
-        },
-        content["steps"],
-        "step_ms",
-    )
-    lines += [
-        "",
-        "## Attention alone",
-        "",
-        f"{shape['n_heads']} query and {shape['n_kv_heads']} key-value heads of {shape['head_dim']}, "
-        f"{settings['compute_dtype']}; FLOPs of the causal half of each document.",
-        "",
-    ]
-    lines += table(
-        {
-            "attention": lambda row: row["backend"],
-            "pack tokens": lambda row: f"{row['pack_tokens']:,}",
-            "document tokens": lambda row: f"{row['document_length']:,}",
-            "forward ms": lambda row: f"{row['forward_ms']:.2f}",
-            "backward ms": lambda row: f"{row['backward_ms']:.2f}",
-            "TFLOP/s": lambda row: f"{row['tflops']:,.3g}",
-        },
-        content["attention"],
-        "forward_ms",
-    )
-    lines += ["", "## What could not be run", ""]
-    lines += [f"- {what}: {why}" for what, why in left_out(content)] or ["Nothing: everything was run."]
+    runs = content["runs"]
+    on_gpu = any(run["device_type"] == "cuda" for run in runs)
+    lines = ["# GPU benchmark" if on_gpu else "# GPU benchmark: no CUDA device, figures of the CPU", ""]
+    for run in runs:
+        lines += of_run(run)
+    if found := wrong(content):
+        lines += ["", "**Wrong numbers:** " + "; ".join(found)]
+    for run in runs:
+        if run["tests"] is not None:
+            lines += ["", f"## GPU tests ({run['device']})", "", *of_tests(run["tests"])]
+    for name, part in PARTS.items():
+        for entry in (entry for entry in content["parts"] if entry["name"] == name):
+            run = runs[entry["run"]]
+            lines += ["", f"## {part.title} ({run['device']})", "", part.about, ""]
+            whole = run["network"]["n_layers"]
+            if {row.get("layers", whole) for row in entry["rows"]} - {whole}:
+                lines += [FEWER.format(whole), ""]
+            lines += table({**part.names, **part.figures}, len(part.names), entry["rows"])
+            every = [
+                {**row, "floor_by": None, **of_part} for row in entry["rows"] for of_part in row.get("by_part", ())
+            ]
+            if every and name == "step":
+                lines += ["", BY_PART_ABOUT, "", *table({**SETUP, **BY_PART}, len(SETUP) + 1, every), ""]
+            lines += [f"- {row['remark']}" for row in entry["rows"] if "remark" in row]
+    lines += ["", "## What was not measured", ""]
+    lines += [f"- {what}: {why}" for what, why in left_out(content)] or ["Nothing: everything was."]
     return "\n".join(lines) + "\n"
 
 
-def stop_at_the_end(clock: Clock) -> None:
-    """End the process when the time given has passed, whatever hangs; the files hold what was measured."""
+def stop_at_the_end(seconds: float) -> None:
+    """End the process after these seconds, whatever hangs; the files hold what was measured."""
 
     def end() -> None:
         print("the time given has passed and something still runs: ending; see the files", flush=True)
         os._exit(1)
 
-    timer = threading.Timer(max(0.0, clock.left(1.0)), end)
+    timer = threading.Timer(max(0.0, seconds), end)
     timer.daemon = True
     timer.start()
+
+
+def go_on_without_the_device(given: argparse.Namespace, record: Record, ends: float) -> None:
+    """Become a new process, with a new GPU context, that goes on with what is left."""
+    record.save()
+    left = (ends - time.monotonic()) / 60
+    print(f"the device failed; going on in a new process for {left:.1f} minutes", flush=True)
+    words = [str(given.folder), "--resume", "--minutes", f"{left:.3f}", "--model", given.model]
+    words += ["--parts", ",".join(given.parts)]
+    words += ["--layers", str(given.layers)] if given.layers else []
+    os.execv(sys.executable, [sys.executable, str(Path(__file__).resolve()), *words])
+
+
+def measure(given: argparse.Namespace, record: Record, ends: float) -> None:
+    """Ask every question that was asked for, each within its share of the time that is left."""
+    gc.disable()  # as in training: a collection in the middle of a step is a slow step
+    # So small a model on several threads would measure how they wait for each other.
+    threads = None if torch.cuda.is_available() else 1
+    with distributed.start(timeout_seconds=60, replicate=1, threads=threads, deterministic=False) as ranks:
+        avoided = record.content["runs"][-1]["avoided"]
+        bench = Bench(GRIDS[given.model], ranks.device, ranks, record.save, layers=given.layers, avoided=avoided)
+        entries = {entry["name"]: entry for entry in record.content["parts"]}
+        for name in given.parts:  # planned at once, so that what is not reached is in the record
+            if name in PARTS and name not in entries:
+                entries[name] = {"name": name, "run": 0, "rows": PARTS[name].plan(bench)}
+                record.content["parts"].append(entries[name])
+        record.save()
+        for row in entries.get("ceilings", {"rows": []})["rows"]:
+            if "rate" in row:
+                bench.ceilings[row["what"]] = row["rate"]
+        waiting = [name for name in PARTS if name in entries]
+        while waiting:
+            name = waiting.pop(0)
+            part, entry = PARTS[name], entries[name]
+            share = part.weight / (part.weight + sum(PARTS[other].weight for other in waiting))
+            now = time.monotonic()
+            bench.deadline = now + share * (ends - now)
+            try:
+                part.measure(bench, entry["rows"])
+                bench.free()
+            except DeviceLostError:
+                go_on_without_the_device(given, record, ends)
+            except Exception as error:
+                for row in entry["rows"]:  # planned, and no row's own fault
+                    if row["not_measured"] == NOT_REACHED:
+                        row["not_measured"] = describe(error)
+            record.save()
+            done = sum(row["not_measured"] is None for row in entry["rows"])
+            print(f"{name}: {done} of {len(entry['rows'])} rows in {time.monotonic() - now:.0f} s", flush=True)
+
+
+def joined(folders: list[Path]) -> dict[str, Any]:
+    """One record of several."""
+    content: dict[str, Any] = {"runs": [], "parts": []}
+    for folder in folders:
+        one = json.loads((folder / "gpu.json").read_text())
+        content["parts"] += [{**entry, "run": entry["run"] + len(content["runs"])} for entry in one["parts"]]
+        content["runs"] += one["runs"]
+    return content
 
 
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="OUT_FOLDER", help="receives gpu.json, gpu.md, gpu_tests.log")
-    parser.add_argument("--minutes", type=float, default=8, help="for everything together (default 8)")
-    parser.add_argument("--layers", type=int, default=4, help="depth of the network (default 4)")
-    parser.add_argument("--model", choices=GRIDS, default="nemo", help="Nemo's true widths, or a tiny one")
+    parser.add_argument("--minutes", type=float, default=9, help="for everything together (default 9)")
+    parser.add_argument("--parts", default=",".join(["tests", *PARTS]), help="tests, " + ", ".join(PARTS))
+    parser.add_argument("--layers", type=int, help="depth of the network (default: the whole one, or what fits)")
+    parser.add_argument("--model", choices=GRIDS, default="nemo", help="Nemo, or a tiny one")
+    parser.add_argument("--join", type=Path, nargs="+", metavar="FOLDER", help="measure nothing: one report of several")
+    parser.add_argument("--resume", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.minutes <= 0 or given.layers < 1:
-        parser.error("--minutes must be above 0 and --layers at least 1")
+    asked = given.parts.split(",")
+    given.parts = [name for name in ("tests", *PARTS) if name in asked]
+    if set(given.parts) - {"tests", "ceilings"}:  # which others are held against
+        given.parts = [name for name in ("tests", *PARTS) if name in asked or name == "ceilings"]
+    if given.minutes <= 0 or not set(asked) <= {"tests", *PARTS} or (given.layers is not None and given.layers < 1):
+        parser.error(f"--minutes must be above 0, --layers at least 1, --parts some of tests, {', '.join(PARTS)}")
     if distributed.launch().world_size != 1:
         parser.error(f"found {distributed.launch().world_size} processes; start one, without torchrun")
     return given
 
 
 def main() -> int:
-    """Run everything that can be run in the time.
+    """Measure everything that can be measured in the time.
 
     Returns:
-        0, or 1 where a GPU test failed or did not end, or nothing could be measured.
+        0, or 1 where a GPU test failed or did not end, numbers are wrong, or nothing could be measured.
     """
     given = arguments()
-    clock = Clock(given.minutes)
+    ends = time.monotonic() + given.minutes * 60
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", 0) if cuda else torch.device("cpu")
-    dtype = torch.bfloat16 if cuda else torch.float32
-    whole = GRIDS[given.model]
-    grid = replace(whole, config=replace(whole.config, n_layers=given.layers))
     given.folder.mkdir(parents=True, exist_ok=True)
-    stop_at_the_end(clock)
-
-    if not cuda:
-        print(
-            "no CUDA device" + ("" if given.model == "tiny" else "; --model tiny measures on the CPU"),
-            flush=True,
-        )
-    tests = run_tests(given.folder / "gpu_tests.log", clock.left(TESTS_SHARE))
-    print(f"GPU tests {tests['status']}: {tests['summary']}", flush=True)
-    measurable = cuda or given.model == "tiny"
-    backends, refused = admitted(device.type, dtype)
-    reason = OUT_OF_TIME if measurable else "no CUDA device"
-    peak = metrics.peak_flops(device, None)
-    record = Record(
-        given.folder,
-        {
-            **facts(device),
-            "settings": {
-                "minutes": given.minutes,
-                "model": given.model,
-                "full_layers": whole.config.n_layers,
-                "config": asdict(grid.config),
-                "parameters": parameter_count(grid.config),
-                "device_type": device.type,
-                "compute_dtype": str(dtype).removeprefix("torch."),
-                "auto_backend": choose_backend("auto", device.type, dtype),
-                "peak_tflops": peak / 1e12 if peak else None,
-                "warmup_steps": WARMUP,
-                "timed_steps": TIMED,
-                "document_slots": SLOTS,
-                "optimizer": asdict(Optimizer()),
-                "max_grad_norm": 1.0,
-                "activation_checkpointing": "none",
-                "reshard_after_forward": True,
-                "seed": SEED,
-            },
-            "tests": tests,
-            "refused_backends": refused,
-            "steps": blank_rows(grid, backends, grid.pack_tokens, reason),
-            "attention": blank_rows(grid, backends, grid.pack_tokens[-1:], reason),
-        },
-        clock,
-    )
+    if given.join:
+        Record(given.folder, joined(given.join)).save()
+        print((given.folder / "gpu.md").read_text())
+        return 0
+    stop_at_the_end(ends - time.monotonic())
+    if given.resume:
+        content = joined([given.folder])
+    else:
+        content = {"runs": [{**facts(device, given), "tests": None}], "parts": []}
+        if cuda and "tests" in given.parts:
+            weights = sum(PARTS[name].weight for name in given.parts if name in PARTS)
+            share = TESTS_WEIGHT / (TESTS_WEIGHT + weights)
+            tests = run_tests(given.folder / "gpu_tests.log", share * given.minutes * 60)
+            content["runs"][0]["tests"] = tests
+            print(f"GPU tests {tests['status']}: {tests['summary']}", flush=True)
+    record = Record(given.folder, content)
     record.save()
-    if measurable:
-        gc.disable()  # as in training: a collection in the middle of a step is a slow step
-        measure_all(record, grid, dtype, clock)
+    if cuda or given.model == "tiny":
+        measure(given, record, ends)
+    else:
+        print("no CUDA device; --model tiny measures on the CPU", flush=True)
     record.save()
-    print(f"\n{markdown(record.content)}\nwritten to {given.folder}", flush=True)
-    measured = any(row["not_run"] is None for row in record.content["steps"])
-    return 0 if measured and tests_fine(tests, cuda) else 1
+    print(f"\n{markdown(content)}\nwritten to {given.folder}", flush=True)
+    tests = content["runs"][0]["tests"]
+    measured = any(row["not_measured"] is None for entry in content["parts"] for row in entry["rows"])
+    fine = (tests is None or tests["status"] == "passed") and not wrong(content)
+    return 0 if fine and (measured or given.parts == ["tests"]) else 1
 
 
 if __name__ == "__main__":

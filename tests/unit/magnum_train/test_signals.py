@@ -27,6 +27,8 @@ def wait_for(stop: Stop) -> None:
 def test_the_first_signal_is_noted_and_said_once(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(signals, "_TWICE_SECONDS", 1000.0)  # this process is pytest's own
     said: list[str] = []
+    if signal.getsignal(number) is signal.SIG_IGN:  # the tests were started by nohup, whose wish is respected
+        signal.signal(number, signal.SIG_DFL)
     with Stop(said.append) as stop:
         assert stop.requested is None
         os.kill(os.getpid(), number)

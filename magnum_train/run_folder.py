@@ -76,7 +76,12 @@ def _lock(folder: Path, made: list[Path], held: list[int]) -> str:
     """Make a folder and lock it, noting the folders made, deepest first, and the lock; the remark of `claim`."""
     while True:
         absent = [path for path in (folder, *folder.parents) if not path.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:  # also of one that another start has removed since
+            if any(os.path.lexists(path) and not path.is_dir() for path in (folder, *folder.parents)):
+                raise
+            continue
         made[:] = absent
         try:
             descriptor = try_lock(folder / LOCK)
